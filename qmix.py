@@ -1,0 +1,1069 @@
+"""QMIX in one file (Rashid et al., ICML 2018, arXiv 1803.11485), with VDN, IQL and the paper's ablations.
+
+Agents that act apart learn from one team reward. Each agent a has its own value Q_a(history, action). A mixing network
+joins the values of the chosen actions into Q_tot, never decreasing in any Q_a, so that each agent's own argmax is also
+the team's (Eq. 4, 5). Training may look at the true state; acting needs each agent's observation alone.
+
+    python qmix.py --env checkers          # ends at a greedy return of about 83.5; README.md has the figures
+
+Read from top to bottom: Config, agent, mixers, replay, rollout, loss, then the run around them.
+
+Axes      B episodes, T steps, N agents, A actions, O observation, S state, H hidden units, E mixing units; always in
+          the order (B, T, N, last). obs, state and avail have T+1 rows, one more than actions and reward: what follows
+          the last action is there too.
+Letters   the paper's agent a, action u, history tau, hyper-network and mixing weights are agent, action, hidden, mixer.
+Episodes  `filled` marks the steps that happened; the rest of a row is padding. `terminated` cuts the bootstrap, being
+          `truncated` by a time limit does not.
+
+Departures from the paper, each marked where it stands:
+  1. hyper-networks have one hidden layer, as in JMLR (arXiv 2003.08839) and the authors' code (--hypernet-dim 0: ICML)
+  2. double Q-learning in the target, as in the authors' code (--no-double-q: the plain maximum of Eq. 6)
+  3. several environments play at once; the number of updates per episode stays what it is for one
+  4. PRESETS: what the small environments need instead of the authors' numbers for StarCraft
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import envs
+from envs import UsageError
+
+ALGOS = ("iql", "vdn", "qmix", "vdn-s", "qmix-lin", "qmix-ns", "random", "heuristic")
+
+# What an environment needs instead of the defaults below; flags override both.
+PRESETS = {
+    # The paper's appendix: uniform exploration, last 500 episodes, target every 100, 8 mixing units.
+    "two-step": dict(total_steps=10_000, num_envs=25, buffer_size=500, epsilon_finish=1.0, target_update_episodes=100,
+                     mixing_dim=8, hypernet_dim=0, episodes_per_update=2.0, optimizer="adam", lr=3e-3, test_episodes=1,
+                     test_interval_steps=1000, threads=1),
+    "checkers": dict(total_steps=600_000, num_envs=16, buffer_size=4000, optimizer="adam", lr=1e-3, reward_scale=0.1,
+                     episodes_per_update=2.0, target_update_episodes=40, test_episodes=1, test_interval_steps=5000),
+}
+
+
+@dataclasses.dataclass(init=False)
+class Config:
+    """Every number of a run. Defaults are the authors' for StarCraft (paper, appendix; PyMARL), see also PRESETS.
+
+    `Config(env="checkers", lr=1e-3)`: what is given, else the environment's preset, else the default below.
+    """
+
+    env: str = "checkers"
+    """two-step, checkers, checkers-v1, checkers-v2 or checkers-v3"""
+    algo: str = "qmix"
+    """iql, vdn, qmix; ablations vdn-s, qmix-lin, qmix-ns; without learning: random, heuristic"""
+    seed: int = 1
+    """seeds the weights, the environments, exploration and sampling"""
+    total_steps: int = 2_000_000
+    """length of the run, in environment steps (summed over the environments)"""
+    num_envs: int = 8
+    """environments that play side by side (the authors: 1 or 8)"""
+    device: str = "auto"
+    """auto, cpu or cuda: where networks, replay and batched environments live"""
+    out: str = ""
+    """run directory; empty: a new one under runs/"""
+    gamma: float = 0.99
+    """discount per step"""
+    lr: float = 5e-4
+    """learning rate"""
+    lr_anneal: bool = False
+    """let the learning rate fall to a tenth, linearly over the run"""
+    threads: int = 0
+    """CPU threads; 0: as many as torch takes by itself"""
+    optimizer: str = "rmsprop"
+    """rmsprop (alpha 0.99, eps 1e-5) or adam (eps 1e-5)"""
+    batch_size: int = 32
+    """whole episodes per update"""
+    buffer_size: int = 5000
+    """episodes kept for replay"""
+    save_replay: bool = True
+    """keep the replay in the checkpoint; without it a resumed run starts with an empty one and is not exact"""
+    episodes_per_update: float = 1.0
+    """new episodes per gradient step, however many environments play"""
+    target_update_episodes: int = 200
+    """new episodes between copies of the networks into their targets"""
+    epsilon_start: float = 1.0
+    """share of random actions at the start"""
+    epsilon_finish: float = 0.05
+    """share of random actions after epsilon_anneal_steps"""
+    epsilon_anneal_steps: int = 50_000
+    """environment steps over which epsilon falls linearly"""
+    double_q: bool = True
+    """the live network chooses the next action, the target network values it; off: plain maximum, Eq. 6"""
+    td_lambda: float = 0.0
+    """0: one-step targets (the paper); above: Peng's Q(lambda)"""
+    reward_scale: float = 1.0
+    """the learner sees the reward times this; all returns shown are the environment's own"""
+    grad_clip: float = 10.0
+    """largest norm of the gradient, agent and mixer together"""
+    hidden_dim: int = 64
+    """GRU units of an agent"""
+    mixing_dim: int = 32
+    """units of the mixing network"""
+    hypernet_dim: int = 64
+    """hidden units of the weight hyper-networks (JMLR); 0: a single linear layer (ICML)"""
+    test_interval_steps: int = 10_000
+    """environment steps between greedy evaluations"""
+    test_episodes: int = 32
+    """episodes per evaluation"""
+
+    def __init__(self, **given):
+        known = {field.name: field.default for field in dataclasses.fields(Config)}
+        for name in given.keys() - known.keys():
+            raise UsageError(f"unknown setting {name!r}; known: {', '.join(known)}")
+        env = given.get("env", known["env"])
+        preset = next((p for name, p in PRESETS.items() if str(env).startswith(name)), {})
+        for name, value in (known | preset | given).items():
+            setattr(self, name, value)
+
+    def check(self) -> Config:
+        """Return self, or raise UsageError with what was expected and what came."""
+        choices = dict(algo=ALGOS, optimizer=("rmsprop", "adam"))
+        ranges = dict(  # name: lowest, highest
+            seed=(0, 2**63 - 1), threads=(0, 4096), total_steps=(1, 10**12), num_envs=(1, 10**6), gamma=(0, 1),
+            lr=(1e-12, 10),
+            batch_size=(1, 10**6), buffer_size=(1, 10**8), episodes_per_update=(1e-3, 1e6),
+            target_update_episodes=(1, 10**9), epsilon_start=(0, 1), epsilon_finish=(0, 1),
+            epsilon_anneal_steps=(1, 10**12), td_lambda=(0, 1), reward_scale=(1e-9, 1e9), grad_clip=(1e-9, 1e9),
+            hidden_dim=(1, 10**5), mixing_dim=(1, 10**5), hypernet_dim=(0, 10**5), test_interval_steps=(1, 10**12),
+            test_episodes=(1, 10**6))
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            flag = "--" + name.replace("_", "-")
+            kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}[field.type]
+            if not isinstance(value, kinds) or (isinstance(value, bool) and field.type != "bool"):
+                raise UsageError(f"{flag} must be of type {field.type}, not {value!r}")
+            if name in choices and value not in choices[name]:
+                raise UsageError(f"{flag} must be one of {', '.join(choices[name])}, not {value!r}")
+            if name in ranges and not ranges[name][0] <= value <= ranges[name][1]:  # also refuses NaN
+                raise UsageError(f"{flag} must lie between {ranges[name][0]} and {ranges[name][1]}, not {value}")
+        for name in ("batch_size", "num_envs"):
+            if getattr(self, name) > self.buffer_size:
+                raise UsageError(f"--{name.replace('_', '-')} ({getattr(self, name)}) must not be larger than "
+                                 f"--buffer-size ({self.buffer_size})")
+        return self
+
+    def epsilon(self, env_steps: int) -> float:
+        """Share of random actions, linear from start to finish."""
+        done = min(1.0, env_steps / self.epsilon_anneal_steps)
+        return self.epsilon_start + done * (self.epsilon_finish - self.epsilon_start)
+
+
+# ------------------------------------------------------------------------------------------------------- the networks
+
+
+class Agent(nn.Module):
+    """DRQN agent, fc - GRU - fc (section 4). All agents share its weights and are told apart by a one-hot id."""
+
+    def __init__(self, obs_dim: int, n_actions: int, n_agents: int, hidden_dim: int):
+        super().__init__()
+        self.obs_dim, self.n_actions, self.n_agents = obs_dim, n_actions, n_agents
+        self.fc1 = nn.Linear(obs_dim + n_actions + n_agents, hidden_dim)
+        self.gru = nn.GRU(hidden_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, n_actions)
+
+    def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Q-values of a stretch of T steps: a whole episode in the loss, T = 1 when acting.
+
+        obs (B, T, N, O) float32; last_actions (B, T, N) int64, -1 where there is none yet; hidden (1, B*N, H) is what
+        an earlier call returned, None (zeros) at the start of an episode. Returns q (B, T, N, A) and the new hidden.
+        """
+        B, T, N, _ = obs.shape
+        last = F.one_hot(last_actions + 1, self.n_actions + 1)[..., 1:]  # (B, T, N, A), zeros for -1
+        ids = torch.eye(N, device=obs.device).expand(B, T, N, N)
+        x = F.relu(self.fc1(torch.cat([obs, last, ids], dim=-1)))  # (B, T, N, H)
+        x, hidden = self.gru(x.transpose(0, 1).reshape(T, B * N, -1), hidden)  # (T, B*N, H)
+        return self.fc2(x).view(T, B, N, -1).transpose(0, 1), hidden  # (B, T, N, A)
+
+
+# A mixer maps q (B, T, N), the agents' values of their chosen actions, and state (B, T, S) to Q_tot (B, T, 1).
+
+
+def state_value(state_dim: int, mixing_dim: int) -> nn.Module:
+    """V(s), the final bias of the mixer: two layers, unrestricted in sign."""
+    return nn.Sequential(nn.Linear(state_dim, mixing_dim), nn.ReLU(), nn.Linear(mixing_dim, 1))
+
+
+def hypernet(state_dim: int, hypernet_dim: int, n_weights: int) -> nn.Module:
+    """A network that writes weights of another from the state (Ha et al. 2017); the mixer takes their absolute value.
+
+    Departure 1: ICML has a single linear layer (hypernet_dim 0), JMLR and the authors' code one hidden layer.
+    """
+    if hypernet_dim == 0:
+        return nn.Linear(state_dim, n_weights)
+    return nn.Sequential(nn.Linear(state_dim, hypernet_dim), nn.ReLU(), nn.Linear(hypernet_dim, n_weights))
+
+
+class QMIX(nn.Module):
+    """Mixing network of one hidden layer; its weights are non-negative functions of the state (Figure 2a, Eq. 5)."""
+
+    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
+        super().__init__()
+        self.w1 = hypernet(state_dim, cfg.hypernet_dim, n_agents * cfg.mixing_dim)
+        self.b1 = nn.Linear(state_dim, cfg.mixing_dim)
+        self.w2 = hypernet(state_dim, cfg.hypernet_dim, cfg.mixing_dim)
+        self.v = state_value(state_dim, cfg.mixing_dim)
+
+    def forward(self, q: Tensor, state: Tensor) -> Tensor:
+        w1 = self.w1(state).abs().view(*q.shape, -1)  # (B, T, N, E); |.| makes dQ_tot/dQ_a >= 0, Eq. 5
+        hidden = F.elu((q.unsqueeze(-1) * w1).sum(-2) + self.b1(state))  # (B, T, E)
+        w2 = self.w2(state).abs()  # (B, T, E)
+        return (hidden * w2).sum(-1, keepdim=True) + self.v(state)  # (B, T, 1)
+
+
+class QMIXNS(nn.Module):
+    """Ablation QMIX-NS: the same mixing network with weights that do not see the state."""
+
+    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
+        super().__init__()
+        self.hidden = nn.Linear(n_agents, cfg.mixing_dim)  # nn.Linear also initialises the weights and biases
+        self.final = nn.Linear(cfg.mixing_dim, 1)
+
+    def forward(self, q: Tensor, state: Tensor) -> Tensor:
+        hidden = F.elu(F.linear(q, self.hidden.weight.abs(), self.hidden.bias))  # (B, T, E)
+        return F.linear(hidden, self.final.weight.abs(), self.final.bias)  # (B, T, 1)
+
+
+class QMIXLin(nn.Module):
+    """Ablation QMIX-Lin: no hidden layer, a non-negative weighted sum whose weights and bias see the state."""
+
+    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
+        super().__init__()
+        self.w = hypernet(state_dim, cfg.hypernet_dim, n_agents)
+        self.v = state_value(state_dim, cfg.mixing_dim)
+
+    def forward(self, q: Tensor, state: Tensor) -> Tensor:
+        return (q * self.w(state).abs()).sum(-1, keepdim=True) + self.v(state)
+
+
+class VDN(nn.Module):
+    """Value decomposition (Sunehag et al. 2017): the plain sum."""
+
+    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
+        super().__init__()
+
+    def forward(self, q: Tensor, state: Tensor) -> Tensor:
+        return q.sum(-1, keepdim=True)
+
+
+class VDNS(nn.Module):
+    """Ablation VDN-S: the sum plus V(s)."""
+
+    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
+        super().__init__()
+        self.v = state_value(state_dim, cfg.mixing_dim)
+
+    def forward(self, q: Tensor, state: Tensor) -> Tensor:
+        return q.sum(-1, keepdim=True) + self.v(state)
+
+
+class IQL(nn.Module):
+    """Independent Q-learning (Tan 1993): nothing is mixed. Returns (B, T, N): each learns from the team reward."""
+
+    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
+        super().__init__()
+
+    def forward(self, q: Tensor, state: Tensor) -> Tensor:
+        return q
+
+
+MIXERS = {"iql": IQL, "vdn": VDN, "vdn-s": VDNS, "qmix": QMIX, "qmix-lin": QMIXLin, "qmix-ns": QMIXNS}
+
+
+class Team(nn.Module):
+    """What is trained together, and copied together into the target: the agents' network and the mixer."""
+
+    def __init__(self, env, cfg: Config):
+        super().__init__()
+        self.agent = Agent(env.obs_dim, env.n_actions, env.n_agents, cfg.hidden_dim)
+        self.mixer = MIXERS.get(cfg.algo, VDN)(env.n_agents, env.state_dim, cfg)
+
+
+# ------------------------------------------------------------------------------------------------------------- replay
+
+
+class Replay:
+    """The last `capacity` whole episodes, in tensors allocated once on the training device.
+
+    Raises UsageError if they cannot fit into memory.
+    """
+
+    def __init__(self, env, capacity: int, device: torch.device):
+        T, N = env.episode_limit, env.n_agents
+        layout = dict(  # T+1 rows hold each observation once: row t+1 is what follows row t
+            obs=((T + 1, N, env.obs_dim), torch.float32),
+            state=((T + 1, env.state_dim), torch.float32),
+            avail=((T + 1, N, env.n_actions), torch.bool),
+            actions=((T, N), torch.uint8 if env.n_actions <= 256 else torch.int16),
+            reward=((T,), torch.float32),
+            terminated=((T,), torch.bool),
+        )
+        self.capacity, self.device, self.added = capacity, device, 0
+        self.bytes = capacity * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+        memory = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
+                  else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        if self.bytes > memory:
+            raise UsageError(f"--buffer-size {capacity} needs {self.bytes / 2**30:,.1f} GiB for replay, but "
+                             f"{device} has {memory / 2**30:,.1f} GiB")
+        print(f"replay: {capacity} episodes, {self.bytes / 2**20:,.1f} MiB on {device}")
+        self.data = {name: torch.zeros(capacity, *shape, dtype=dtype, device=device)
+                     for name, (shape, dtype) in layout.items()}
+        self.lengths = torch.zeros(capacity, dtype=torch.int64)  # steps per episode, on the host: it decides shapes
+
+    def __len__(self) -> int:
+        return min(self.added, self.capacity)
+
+    def add(self, episodes: dict[str, Tensor], lengths: Tensor) -> None:
+        """Store episodes as `rollout` returns them; the oldest make room."""
+        rows = torch.arange(self.added, self.added + len(lengths))[-self.capacity:] % self.capacity
+        for name, data in self.data.items():
+            data[rows.to(self.device)] = episodes[name][-self.capacity:].to(data.dtype)
+        self.lengths[rows] = lengths[-self.capacity:]
+        self.added += len(lengths)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`batch_size` different episodes, cut to the longest; `filled` (B, T) bool marks the steps that happened.
+
+        `generator` is on the host, as the lengths are: no need to wait for the device.
+        """
+        rows = torch.randperm(len(self), generator=generator)[:batch_size]
+        lengths = self.lengths[rows]
+        T = int(lengths.max())
+        batch = {name: data[:, : T + 1 if name in ("obs", "state", "avail") else T][rows.to(self.device)]
+                 for name, data in self.data.items()}
+        return batch | {"filled": (torch.arange(T) < lengths[:, None]).to(self.device)}
+
+    def state_dict(self) -> dict:
+        """The rows in use, without their padding."""
+        n, T = len(self), self.data["reward"].shape[1]
+        keep = (torch.arange(T + 1) <= self.lengths[:n, None]).to(self.device)  # (n, T+1)
+        packed = {name: data[:n][keep[:, :data.shape[1]]] for name, data in self.data.items()}
+        return packed | {"lengths": self.lengths[:n].clone(), "added": self.added}
+
+    def load_state_dict(self, saved: dict) -> None:
+        n = len(saved["lengths"])
+        self.lengths[:n], self.added = saved["lengths"], saved["added"]
+        keep = torch.arange(self.data["reward"].shape[1] + 1) <= self.lengths[:n, None]
+        for name, data in self.data.items():
+            data[:n][keep[:, :data.shape[1]].to(self.device)] = saved[name].to(self.device)
+
+
+# ------------------------------------------------------------------------------------------------- acting and rollout
+
+
+def select_actions(q: Tensor, avail: Tensor, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
+    """Epsilon-greedy over available actions; each agent draws for itself. q (B, N, A), avail (B, N, A) -> (B, N)."""
+    greedy = q.masked_fill(~avail, -math.inf).argmax(-1)
+    if epsilon == 0:
+        return greedy
+    noise = torch.rand(q.shape, generator=generator, device=q.device)
+    random = noise.masked_fill(~avail, -1.0).argmax(-1)  # uniform over what is available
+    explore = torch.rand(greedy.shape, generator=generator, device=q.device) < epsilon  # (B, N): one draw per agent
+    return torch.where(explore, random, greedy)
+
+
+@torch.no_grad()
+def act(agent: Agent, obs: Tensor, avail: Tensor, memory=None, epsilon: float = 0.0, generator=None):
+    """One step of B teams: obs (B, N, O), avail (B, N, A) -> actions (B, N) int64, and the memory for the next step.
+
+    `memory` is (hidden, last actions); None starts an episode. Uses nothing but each agent's own history.
+    """
+    hidden, last_actions = memory or (None, torch.full(avail.shape[:2], -1, device=obs.device))
+    q, hidden = agent(obs.unsqueeze(1), last_actions.unsqueeze(1), hidden)  # T = 1
+    actions = select_actions(q.squeeze(1), avail, epsilon, generator)
+    return actions, (hidden, actions)
+
+
+class Clock:
+    """Adds up where the time goes: `with clock("env"): ...`. On a GPU it times the launches, not the work."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("env", "act", "learn"), 0.0)
+
+    def __call__(self, part: str) -> Clock:
+        self.part = part
+        return self
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.seconds[self.part] += time.perf_counter() - self.start
+
+
+@torch.no_grad()
+def rollout(env, choose, clock: Clock | None = None) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Play one episode in each of the B environments. `choose(step, memory) -> actions (B, N), memory` is the policy.
+
+    Returns episodes {obs, state, avail (B, T+1, ...), actions, reward, terminated (B, T, ...)}, their lengths (B,) on
+    the host, and facts {"return": (B,), and what the environment's info said at each episode's last step}, on the host.
+    Where an environment reports `void` (its game crashed), that episode is left out.
+    """
+    clock = clock or Clock()
+    with clock("env"):
+        step = env.reset()
+    running = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
+    rows, filled, last_info, memory = [], [], {}, None
+    for _ in range(env.episode_limit):
+        with clock("act"):
+            actions, memory = choose(step, memory)
+        before = step
+        with clock("env"):
+            step = env.step(actions)
+        rows.append((before.obs, before.state, before.avail, actions, step.reward, step.terminated))
+        filled.append(running)
+        for name, value in step.info.items():
+            last_info[name] = torch.where(running, value, last_info[name]) if name in last_info else value
+        running = running & ~(step.terminated | step.truncated)
+        if env.device.type == "cpu" and not running.any():  # on a GPU asking would stall it
+            break
+    names = ("obs", "state", "avail", "actions", "reward", "terminated")
+    episodes = {name: torch.stack(column, dim=1) for name, column in zip(names, zip(*rows))}  # (B, T, ...)
+    for name in ("obs", "state", "avail"):
+        episodes[name] = torch.cat([episodes[name], getattr(step, name).unsqueeze(1)], dim=1)  # (B, T+1, ...)
+    filled = torch.stack(filled, dim=1)  # (B, T)
+    facts = {name: value.cpu() for name, value in last_info.items()}
+    facts["return"] = (episodes["reward"] * filled).sum(1).cpu()
+    lengths = filled.sum(1).cpu()
+    return episodes, lengths, facts
+
+
+# ----------------------------------------------------------------------------------------------------------- the loss
+
+
+def td_targets(reward: Tensor, terminated: Tensor, filled: Tensor, v_next: Tensor, gamma: float, lam: float) -> Tensor:
+    """y_t = r_t + gamma * ((1 - lam) * v_{t+1} + lam * y_{t+1}), cut where the episode ends; all (B, T, .) float.
+
+    v_next[:, t] values what follows step t. lam = 0 is Eq. 6's one-step target, lam > 0 Peng's Q(lambda).
+    """
+    if lam == 0:
+        return reward + gamma * (1 - terminated) * v_next
+    target, y_next = torch.empty_like(v_next), v_next[:, -1]
+    for t in reversed(range(v_next.shape[1])):
+        if t + 1 < v_next.shape[1]:  # subtle: a truncated episode's last step has no y_{t+1}, only v_{t+1}
+            y_next = torch.where(filled[:, t + 1] > 0, (1 - lam) * v_next[:, t] + lam * target[:, t + 1], v_next[:, t])
+        target[:, t] = reward[:, t] + gamma * (1 - terminated[:, t]) * y_next
+    return target
+
+
+def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: float, double_q: bool = True,
+            td_lambda: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 6: the mean squared TD error of Q_tot over the steps that happened (for IQL over the agents too).
+
+    batch: obs (B, T+1, N, O), state (B, T+1, S), avail (B, T+1, N, A), actions (B, T, N), reward, terminated and filled
+    (B, T). Returns the loss and the means of q_taken (Q_tot of the actions taken) and target, all scalars.
+    """
+    obs, state, avail, actions = batch["obs"], batch["state"], batch["avail"], batch["actions"].long()
+    reward, terminated, filled = (batch[name].float().unsqueeze(-1) for name in ("reward", "terminated", "filled"))
+    last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
+
+    q, _ = team.agent(obs, last_actions)  # (B, T+1, N, A)
+    q_taken = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
+    q_tot = team.mixer(q_taken, state[:, :-1])  # (B, T, 1); IQL (B, T, N)
+
+    with torch.no_grad():
+        # subtle: the target network too runs through the episode from its start; at t+1 alone its memory would be empty
+        q_target, _ = target_team.agent(obs, last_actions)
+        chooser = q if double_q else q_target  # departure 2
+        best = chooser[:, 1:].masked_fill(~avail[:, 1:], -math.inf).argmax(-1, keepdim=True)  # (B, T, N, 1)
+        v_next = target_team.mixer(q_target[:, 1:].gather(-1, best).squeeze(-1), state[:, 1:])  # (B, T, 1); Eq. 4
+        target = td_targets(reward, terminated, filled, v_next, gamma, td_lambda)
+
+    steps = filled.expand_as(q_tot)
+    mean = lambda x: (x * steps).sum() / steps.sum()  # noqa: E731  over the steps that happened
+    return mean((q_tot - target) ** 2), {"q_taken": mean(q_tot.detach()), "target": mean(target)}
+
+
+# --------------------------------------------------------------------------------------------------------------- a run
+
+COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_return", "test_return", "test_return_std",
+           "test_win_rate", "loss", "grad_norm", "q_taken", "target", "env_steps_per_second", "share_env", "share_act",
+           "share_learn")
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; its last checkpoint is as it was."""
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a kill at any moment leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_checkpoint(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Load tensors and plain values only (weights_only): a file from a stranger cannot run code."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != "qmix.py 1":
+            raise ValueError("it was not written by qmix.py")
+        return content
+    except Exception as error:  # torch and pickle raise nearly anything on a damaged file
+        raise UsageError(f"{path} is not a usable checkpoint: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name} was asked for, but torch {torch.__version__} finds no GPU here")
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError as error:
+        raise UsageError(f"--device {name} cannot be used: {first_line(error)}") from None
+
+
+class Run:
+    """All that a run consists of; `state_dict` is what outlives a stop. Each part moves on by counters alone, so a run
+    that is stopped anywhere between two of them and resumed does the same as one that never stopped."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.device = cfg, pick_device(cfg.device)
+        self.learns = cfg.algo in MIXERS
+        self.env = envs.make(cfg.env, n_envs=cfg.num_envs, device=self.device, seed=cfg.seed)
+        if cfg.algo == "heuristic" and not hasattr(self.env, "heuristic"):
+            raise UsageError(f"--algo heuristic: {cfg.env} has none")
+        if cfg.threads:
+            torch.set_num_threads(cfg.threads)
+        torch.manual_seed(cfg.seed)
+        self.team = Team(self.env, cfg).to(self.device)
+        self.target_team = copy.deepcopy(self.team).requires_grad_(False)
+        parameters = [*self.team.parameters()]  # agent and mixer
+        if cfg.optimizer == "adam":
+            self.optimizer = torch.optim.Adam(parameters, lr=cfg.lr, eps=1e-5)
+        else:
+            self.optimizer = torch.optim.RMSprop(parameters, lr=cfg.lr, alpha=0.99, eps=1e-5)
+        self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
+        self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(cfg.seed),
+                           "sample": torch.Generator().manual_seed(cfg.seed)}
+        self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)
+        self.best = -math.inf
+        self.rows: list[dict] = []  # metrics.csv
+        self.returns: list[float] = []  # of the training episodes since the last row
+        self.stats: list[list[float]] = []  # of the updates since the last row: loss, grad_norm, q_taken, target
+        self.clock, self.seconds, self.started = Clock(), 0.0, time.perf_counter()
+
+    def policy(self, epsilon: float):
+        """What `rollout` asks for actions."""
+        if self.cfg.algo == "heuristic":
+            return lambda step, memory: (self.env.heuristic(), None)
+        if self.cfg.algo == "random":
+            epsilon = 1.0
+        return lambda step, memory: act(self.team.agent, step.obs, step.avail, memory, epsilon,
+                                        self.generators["explore"])
+
+    # What there is to do, in this order: the updates that are due, the evaluation that is due, more episodes.
+
+    def updates_due(self) -> int:
+        """One update once the replay holds a batch, then one per `episodes_per_update` episodes."""
+        if not self.learns or len(self.replay) < self.cfg.batch_size:
+            return 0
+        new = self.counts["episodes"] - self.cfg.batch_size
+        return int(new / self.cfg.episodes_per_update) + 1 - self.counts["updates"]
+
+    def test_due(self) -> bool:
+        """At the start, whenever another test_interval_steps have passed, and at the end."""
+        steps = self.counts["env_steps"]
+        unseen = not self.rows or self.rows[-1]["env_steps"] < steps
+        return self.counts["tests"] <= steps // self.cfg.test_interval_steps or (self.finished() and unseen)
+
+    def finished(self) -> bool:
+        return self.counts["env_steps"] >= self.cfg.total_steps
+
+    def play(self) -> None:
+        """One round: each environment plays an episode, which goes into the replay."""
+        policy = self.policy(self.cfg.epsilon(self.counts["env_steps"]))
+        episodes, lengths, facts = rollout(self.env, policy, self.clock)
+        if self.learns:
+            self.replay.add(episodes, lengths)
+        self.counts["env_steps"] += int(lengths.sum())
+        self.counts["episodes"] += len(lengths)
+        self.returns += facts["return"].tolist()
+
+    def learn(self, updates: int) -> None:
+        """Gradient steps on Eq. 6, and the target's copies between them."""
+        cfg, stats = self.cfg, []
+        if cfg.lr_anneal:
+            for group in self.optimizer.param_groups:
+                group["lr"] = cfg.lr * (1 - 0.9 * min(1.0, self.counts["env_steps"] / cfg.total_steps))
+        for _ in range(updates):
+            batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
+            batch["reward"] = batch["reward"] * cfg.reward_scale
+            loss, means = td_loss(self.team, self.target_team, batch, cfg.gamma, cfg.double_q, cfg.td_lambda)
+            self.optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(self.team.parameters(), cfg.grad_clip)
+            self.optimizer.step()
+            before = int(self.counts["updates"] * cfg.episodes_per_update / cfg.target_update_episodes)
+            self.counts["updates"] += 1
+            if int(self.counts["updates"] * cfg.episodes_per_update / cfg.target_update_episodes) > before:
+                self.target_team.load_state_dict(self.team.state_dict())  # another target_update_episodes were learned
+            stats.append(torch.stack([loss.detach(), grad_norm, means["q_taken"], means["target"]]))
+        stats = torch.stack(stats).tolist()  # the round's one wait for the device
+        for i, row in enumerate(stats):
+            if not all(map(math.isfinite, row)):
+                number = self.counts["updates"] - len(stats) + i + 1
+                raise TrainingFailed(f"update {number}: the loss or its gradient is not finite (loss {row[0]}, norm "
+                                     f"{row[1]}); the last checkpoint is kept")
+        self.stats += stats
+
+    def test(self) -> dict:
+        """Greedy episodes; returns a row of metrics.csv."""
+        returns, wins = torch.zeros(0), torch.zeros(0)
+        while len(returns) < self.cfg.test_episodes:
+            _, _, facts = rollout(self.env, self.policy(epsilon=0.0))
+            returns = torch.cat([returns, facts["return"]])
+            wins = torch.cat([wins, facts["battle_won"].float()]) if "battle_won" in facts else wins
+        returns, wins = returns[:self.cfg.test_episodes], wins[:self.cfg.test_episodes]
+        now, last = self.seconds_now(), self.rows[-1] if self.rows else dict(env_steps=0, seconds=0.0)
+        steps, seconds = self.counts["env_steps"], max(now - last["seconds"], 1e-9)
+        means = np.mean(self.stats, axis=0).tolist() if self.stats else [None] * 4
+        row = dict(zip(COLUMNS, (
+            steps, self.counts["episodes"], self.counts["updates"], now, self.cfg.epsilon(steps),
+            np.mean(self.returns).item() if self.returns else None, returns.mean().item(),
+            returns.std(correction=0).item(), wins.mean().item() if len(wins) else None, *means,
+            (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()))))
+        self.rows.append(row)
+        self.counts["tests"] = 1 + steps // self.cfg.test_interval_steps
+        self.returns, self.stats, self.clock = [], [], Clock()
+        return row
+
+    def seconds_now(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+    def weights(self) -> dict:
+        """What a trained policy needs: enough for `load`."""
+        sizes = {name: getattr(self.env, name) for name in ("obs_dim", "state_dim", "n_actions", "n_agents")}
+        return dict(format="qmix.py 1", config=dataclasses.asdict(self.cfg), sizes=sizes, team=self.team.state_dict())
+
+    def state_dict(self) -> dict:
+        return self.weights() | dict(
+            target_team=self.target_team.state_dict(), optimizer=self.optimizer.state_dict(), counts=self.counts,
+            generators={name: generator.get_state() for name, generator in self.generators.items()},
+            replay=self.replay.state_dict() if self.learns and self.cfg.save_replay else None, best=self.best,
+            rows=self.rows, returns=self.returns, stats=self.stats, clock=self.clock.seconds,
+            seconds=self.seconds_now())
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.team.load_state_dict(saved["team"])
+        self.target_team.load_state_dict(saved["target_team"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        for name, generator in self.generators.items():
+            generator.set_state(saved["generators"][name])
+        if saved["replay"]:
+            self.replay.load_state_dict(saved["replay"])
+        for name in ("counts", "best", "rows", "returns", "stats", "seconds"):
+            setattr(self, name, saved[name])
+        self.clock.seconds = saved["clock"]
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM ask the run to stop where it can be resumed; a second one stops it at once."""
+
+    signal = None
+
+    def __enter__(self) -> StopRequest:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number: int, frame) -> None:
+        if self.signal is not None:
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+class Report:
+    """What a person sees while it runs: a bar (a line per evaluation where there is no terminal), and TensorBoard."""
+
+    def __init__(self, run: Run, out: Path):
+        self.run, self.bar, self.board = run, None, None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+                start, total = run.counts["env_steps"], run.cfg.total_steps
+                self.bar = tqdm(initial=start, total=total, unit="step", unit_scale=True)
+            except ImportError:
+                print("no progress bar: tqdm is not installed (pip install tqdm)")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(out, purge_step=run.counts["env_steps"])
+        except ImportError:
+            print("no TensorBoard events: it is not installed (pip install tensorboard)")
+
+    def update(self) -> None:
+        if self.bar is not None:
+            self.bar.update(min(self.run.counts["env_steps"], self.run.cfg.total_steps) - self.bar.n)
+
+    def row(self, row: dict) -> None:
+        known = getattr(self.run.env, "best_return", None)
+        text = f"return {row['test_return']:.2f}" + (f" (best known {known:g})" if known is not None else "")
+        if row["test_win_rate"] is not None:
+            text += f", wins {row['test_win_rate']:.0%}"
+        text += f", epsilon {row['epsilon']:.2f}, time in env {row['share_env']:.0%}, acting {row['share_act']:.0%}, " \
+                f"learning {row['share_learn']:.0%}"
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            print(f"{row['env_steps']:>9} steps, {row['seconds']:.0f} s: {text}", flush=True)
+        if self.board is not None:
+            for name, value in row.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, row["env_steps"])
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def write_metrics(path: Path, rows: list[dict]) -> None:
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+
+
+def open_run_directory(cfg: Config, resume: bool) -> Path:
+    """Make the directory, or see that it holds a run to resume; lock it until this process ends."""
+    name = cfg.out or f"runs/{cfg.env.replace(':', '-')}-{cfg.algo}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume and any((out / file).exists() for file in ("config.json", "checkpoint.pt", "metrics.csv")):
+            raise UsageError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+        try:
+            import fcntl
+            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # not a Unix: no lock
+        except BlockingIOError:
+            raise UsageError(f"{out} is in use by another process") from None
+        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        content = dict(config=dataclasses.asdict(cfg) | {"out": str(out)}, versions=versions)
+        write_whole(out / "config.json", json.dumps(content, indent=2).encode())
+    except OSError as error:
+        raise UsageError(f"run directory {out} cannot be written: {error.strerror}") from None
+    return out
+
+
+def read_config(out: str) -> Config:
+    """The config of a run directory."""
+    try:
+        content = json.loads((Path(out) / "config.json").read_text())
+        return Config(**content["config"] | {"out": str(out)}).check()
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{out} does not hold a run: {first_line(error)}") from None
+
+
+def train(cfg: Config, resume: bool = False) -> dict:
+    """Train as `cfg` says, in the run directory cfg.out, and return the facts that the result line prints.
+
+    resume: go on with the run in cfg.out, exactly where it stopped. Raises UsageError for what cannot be done and
+    TrainingFailed if the loss is no longer finite; Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt
+    and SystemExit.
+    """
+    run = Run(cfg.check())
+    out = open_run_directory(cfg, resume)
+    if resume and (out / "checkpoint.pt").exists():  # killed before the first checkpoint: it starts anew
+        saved = read_checkpoint(out / "checkpoint.pt")
+        try:
+            run.load_state_dict(saved)
+        except Exception as error:
+            raise UsageError(f"{out}/checkpoint.pt does not fit this run: {first_line(error)}") from None
+    report, saved_at, save_cost = Report(run, out), time.perf_counter(), 0.0
+    with StopRequest() as stop:
+        try:
+            while True:
+                if (due := run.updates_due()) > 0:
+                    with run.clock("learn"):
+                        run.learn(min(due, 100))
+                elif run.test_due():
+                    row = run.test()
+                    if row["test_return"] > run.best:
+                        run.best = row["test_return"]
+                        write_checkpoint(out / "best.pt", run.weights())
+                    write_metrics(out / "metrics.csv", run.rows)
+                    report.row(row)
+                elif run.finished():
+                    break
+                else:
+                    run.play()
+                    report.update()
+                # Often enough to lose little by a kill, seldom enough not to be felt (3 % of the time at most).
+                if stop.signal or time.perf_counter() - saved_at > max(5.0, 30 * save_cost):
+                    saved_at = time.perf_counter()
+                    write_checkpoint(out / "checkpoint.pt", run.state_dict())
+                    save_cost = time.perf_counter() - saved_at
+                if stop.signal:
+                    print(f"\nstopped at {run.counts['env_steps']} environment steps; go on with --resume {out}")
+                    raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)
+            write_checkpoint(out / "checkpoint.pt", run.state_dict())
+        finally:
+            report.close()
+            run.env.close()
+    return result(run, out)
+
+
+def result(run: Run, out: Path) -> dict:
+    """The facts of a finished run."""
+    last = run.rows[-1]
+    facts = dict(env=run.cfg.env, algo=run.cfg.algo, seed=run.cfg.seed, env_steps=run.counts["env_steps"],
+                 episodes=run.counts["episodes"], updates=run.counts["updates"], seconds=round(last["seconds"], 2),
+                 test_return=last["test_return"], test_win_rate=last["test_win_rate"], best_test_return=run.best,
+                 out=str(out))
+    if run.cfg.env == "two-step":
+        facts["q_tot"] = two_step_tables(run.team)
+    return facts
+
+
+# ----------------------------------------------------------------------------------------- using what has been learned
+
+
+class Policy:
+    """The trained decentralised policy: the agents' network alone, on the CPU; no mixer, no state, no replay."""
+
+    def __init__(self, agent: Agent, config: Config):
+        self.agent, self.config = agent, config
+
+    def act(self, obs, avail, hidden=None) -> tuple[Tensor, tuple]:
+        """Greedy actions of one team, obs (N, O) and avail (N, A), or of B teams, (B, N, O) and (B, N, A); arrays or
+        tensors. Returns actions (N,) or (B, N) int64, and `hidden` for the next call; None starts an episode."""
+        obs, avail = torch.as_tensor(obs, dtype=torch.float32), torch.as_tensor(avail, dtype=torch.bool)
+        N, O, A = self.agent.n_agents, self.agent.obs_dim, self.agent.n_actions
+        if obs.shape[-2:] != (N, O) or avail.shape != (*obs.shape[:-1], A):
+            raise UsageError(f"expected obs (..., {N}, {O}) and avail (..., {N}, {A}), got {tuple(obs.shape)} and "
+                             f"{tuple(avail.shape)}")
+        actions, hidden = act(self.agent, obs.view(-1, N, O), avail.view(-1, N, A), hidden)
+        return actions.view(avail.shape[:-1]), hidden
+
+
+def load(path: str) -> Policy:
+    """The policy of a run directory (its last checkpoint) or of a file such as runs/demo/best.pt."""
+    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        raise UsageError(f"{file} does not exist: expected a run directory with a checkpoint, or a checkpoint file")
+    saved = read_checkpoint(file)
+    try:
+        cfg, sizes = Config(**saved["config"]), saved["sizes"]
+        agent = Agent(sizes["obs_dim"], sizes["n_actions"], sizes["n_agents"], cfg.hidden_dim)
+        weights = saved["team"].items()
+        agent.load_state_dict({name[len("agent."):]: w for name, w in weights if name.startswith("agent.")})
+    except Exception as error:
+        raise UsageError(f"{file} is not a usable checkpoint: {first_line(error)}") from None
+    return Policy(agent, cfg)
+
+
+def evaluate(path: str, env_name: str = "", episodes: int = 32, record_to: str = "", seed: int = 1) -> dict:
+    """Greedy episodes of the decentralised policy alone. env_name: another environment of the same sizes."""
+    policy = load(path)
+    cfg = policy.config
+    if episodes < 1:
+        raise UsageError(f"--episodes must be at least 1, not {episodes}")
+    if record_to and not record_to.endswith(".gif"):
+        raise UsageError(f"--record must name a .gif file, not {record_to!r}")
+    name = env_name or cfg.env
+    n_envs = min(episodes, cfg.num_envs)
+    env = envs.make(name, n_envs=n_envs, device="cpu", seed=seed)
+    sizes = {size: (getattr(env, size), getattr(policy.agent, size)) for size in ("obs_dim", "n_actions", "n_agents")}
+    for size, (here, there) in sizes.items():
+        if here != there:
+            raise UsageError(f"{name} has {size} {here}, but the policy was trained with {there}")
+    returns, wins, lengths = [], [], []
+    try:
+        while len(returns) < episodes:
+            _, length, facts = rollout(env, lambda step, hidden: policy.act(step.obs, step.avail, hidden))
+            returns += facts["return"].tolist()
+            lengths += length.tolist()
+            wins += facts["battle_won"].float().tolist() if "battle_won" in facts else []
+        if record_to:
+            record(env, policy, Path(record_to))
+    finally:
+        env.close()
+    returns, wins, lengths = returns[:episodes], wins[:episodes], lengths[:episodes]
+    return dict(env=name, algo=cfg.algo, episodes=episodes, test_return=float(np.mean(returns)),
+                test_return_std=float(np.std(returns)), test_win_rate=float(np.mean(wins)) if wins else None,
+                mean_length=float(np.mean(lengths)), best_known=getattr(env, "best_return", None), out=str(path))
+
+
+def record(env, policy: Policy, path: Path, fps: int = 6) -> None:
+    """Draw one greedy episode of environment 0 into a GIF."""
+    if not hasattr(env, "draw"):
+        raise UsageError("--record: this environment cannot be drawn")
+    try:
+        from matplotlib import animation, pyplot
+    except ImportError:
+        raise UsageError("--record needs matplotlib: pip install matplotlib") from None
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    writer, temporary = animation.PillowWriter(fps=fps), path.with_name(path.stem + ".tmp.gif")
+    step, hidden, score, over = env.reset(), None, 0.0, False
+    with writer.saving(figure, temporary, dpi=90):
+        for t in range(env.episode_limit + 1):
+            axes.clear()
+            env.draw(axes, 0)
+            axes.set_title(f"step {t}    return {score:.2f}")
+            for _ in range(2 * fps if over else 1):  # rest on the last picture
+                writer.grab_frame()
+            if over:
+                break
+            actions, hidden = policy.act(step.obs, step.avail, hidden)
+            step = env.step(actions)
+            score += float(step.reward[0])
+            over = bool(step.terminated[0] | step.truncated[0])
+    pyplot.close(figure)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def two_step_tables(team: Team) -> dict:
+    """Q_tot of the two-step game's three states; row: agent 1's action, column: agent 2's. IQL has no Q_tot: the mean
+    of the two agents' values stands in its place."""
+    device = next(team.parameters()).device
+    env = envs.make("two-step", n_envs=2, device=device)
+    start = env.reset()
+    second = env.step(torch.tensor([[0, 0], [1, 0]], device=device))  # environment 0 goes to 2A, 1 to 2B
+    last = torch.tensor([[[-1, -1], [0, 0]], [[-1, -1], [1, 0]]], device=device)  # (B, T, N)
+    q, _ = team.agent(torch.stack([start.obs, second.obs], 1), last)  # (B, T, N, A)
+    state = torch.stack([start.state, second.state], 1)  # (B, T, S)
+    cell = lambda i, j: team.mixer(torch.stack([q[..., 0, i], q[..., 1, j]], -1), state).mean(-1)  # noqa: E731  (B, T)
+    table = torch.stack([torch.stack([cell(i, j) for j in range(2)], -1) for i in range(2)], -2)  # (B, T, A, A)
+    return {"1": table[0, 0].tolist(), "2A": table[0, 1].tolist(), "2B": table[1, 1].tolist()}
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+PAPER_TABLES = {  # Table 2 of the paper
+    "vdn": {"1": [[6.94, 6.94], [6.35, 6.36]], "2A": [[6.99, 7.02], [6.99, 7.02]], "2B": [[-1.87, 2.31], [2.33, 6.51]]},
+    "qmix": {"1": [[6.93, 6.93], [7.92, 7.92]], "2A": [[7.0, 7.0], [7.0, 7.0]], "2B": [[0.0, 1.0], [1.0, 8.0]]},
+}
+
+
+def print_tables(tables: dict, algo: str) -> None:
+    """The learned tables, and the paper's beside them where it prints any."""
+    for name, source in [(algo, tables), (f"{algo}, paper", PAPER_TABLES.get(algo))]:
+        if source:
+            cells = (f"{state}: " + " / ".join("{:5.2f} {:5.2f}".format(*row) for row in rows)
+                     for state, rows in source.items())
+            print(f"Q_tot {name:<12} " + "   ".join(cells))
+
+
+@dataclasses.dataclass
+class Command:
+    """QMIX, VDN, IQL and the paper's ablations. Without --resume or --evaluate: train."""
+
+    config: Config
+    resume: str = ""
+    """run directory to go on with, exactly where it stopped (beside it: --total-steps, --device)"""
+    evaluate: str = ""
+    """run directory or checkpoint file: play greedy, decentralised episodes (beside it: --env, --seed)"""
+    episodes: int = 32
+    """episodes of --evaluate"""
+    record: str = ""
+    """with --evaluate: draw one episode into this .gif"""
+
+
+def parse(arguments: list[str]) -> Command:
+    """Flags over the saved config (--resume, --evaluate) or over the environment's preset."""
+    try:
+        import tyro
+    except ImportError:
+        raise UsageError("the command line needs tyro: pip install tyro") from None
+
+    def cli(config: Config) -> Command:
+        errors, stderr = io.StringIO(), sys.stderr
+        sys.stderr = errors
+        try:
+            return tyro.cli(Command, args=arguments, default=Command(config), config=(tyro.conf.OmitArgPrefixes,))
+        except SystemExit as leaving:
+            if not leaving.code:
+                raise
+            text = errors.getvalue().split("───")  # one line out of tyro's box
+            lines = [line.strip("│╭╮╰╯─ ") for line in "".join(text).splitlines()]
+            raise UsageError(next((line for line in lines if ":" in line), " ".join(lines))) from None
+        finally:
+            sys.stderr = stderr
+
+    first = cli(Config())
+    if first.resume and first.evaluate:
+        raise UsageError("--resume and --evaluate exclude each other")
+    if first.record and not first.evaluate:
+        raise UsageError("--record goes with --evaluate")
+    if not (first.resume or first.evaluate):
+        return cli(Config(env=first.config.env))
+    saved = read_config(first.resume) if first.resume else load(first.evaluate).config
+    command, allowed = cli(saved), ("total_steps", "device") if first.resume else ("env", "seed")
+    for name, value in dataclasses.asdict(saved).items():
+        if getattr(command.config, name) != value and name not in allowed:
+            raise UsageError(f"--{name.replace('_', '-')} cannot be changed here; beside --resume and --evaluate only "
+                             + " and ".join("--" + name.replace("_", "-") for name in allowed))
+    return command
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0; 2 for bad input; 1 where training failed; 130 and 143 after Ctrl-C and SIGTERM."""
+    try:
+        command = parse(arguments)
+        if command.evaluate:
+            cfg = command.config
+            facts = evaluate(command.evaluate, cfg.env, command.episodes, command.record, cfg.seed)
+        else:
+            print("config: " + json.dumps(dataclasses.asdict(command.config)))
+            facts = train(command.config, resume=bool(command.resume))
+            if "q_tot" in facts:
+                print_tables(facts["q_tot"], facts["algo"])
+        print("result: " + json.dumps(facts))
+        return 0
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (TrainingFailed, envs.EnvFailure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
