@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import csv
 import dataclasses
+import fcntl
 import io
 import json
 import math
@@ -96,6 +97,8 @@ class Config:
     """episodes kept for replay"""
     save_replay: bool = True
     """keep the replay in the checkpoint; without it a resumed run starts with an empty one and is not exact"""
+    checkpoint_seconds: float = 5.0
+    """least time between checkpoints; a costly one (a huge replay) is written less often"""
     episodes_per_update: float = 1.0
     """new episodes per gradient step, however many environments play"""
     target_update_episodes: int = 200
@@ -139,7 +142,7 @@ class Config:
         choices = dict(algo=ALGOS, optimizer=("rmsprop", "adam"))
         ranges = dict(  # name: lowest, highest
             seed=(0, 2**63 - 1), threads=(0, 4096), total_steps=(1, 10**12), num_envs=(1, 10**6), gamma=(0, 1),
-            lr=(1e-12, 10),
+            lr=(1e-12, 10), checkpoint_seconds=(0, 1e6),
             batch_size=(1, 10**6), buffer_size=(1, 10**8), episodes_per_update=(1e-3, 1e6),
             target_update_episodes=(1, 10**9), epsilon_start=(0, 1), epsilon_finish=(0, 1),
             epsilon_anneal_steps=(1, 10**12), td_lambda=(0, 1), reward_scale=(1e-9, 1e9), grad_clip=(1e-9, 1e9),
@@ -335,7 +338,8 @@ class Replay:
         """Store episodes as `rollout` returns them; the oldest make room."""
         rows = torch.arange(self.added, self.added + len(lengths))[-self.capacity:] % self.capacity
         for name, data in self.data.items():
-            data[rows.to(self.device)] = episodes[name][-self.capacity:].to(data.dtype)
+            new = episodes[name][-self.capacity:]
+            data[rows.to(self.device), :new.shape[1]] = new.to(data.dtype)
         self.lengths[rows] = lengths[-self.capacity:]
         self.added += len(lengths)
 
@@ -419,30 +423,32 @@ def rollout(env, choose, clock: Clock | None = None) -> tuple[dict[str, Tensor],
     """
     clock = clock or Clock()
     with clock("env"):
-        step = env.reset()
+        steps = [env.reset()]
+    played, filled, last_info, memory = [], [], {}, None
     running = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
-    rows, filled, last_info, memory = [], [], {}, None
     for _ in range(env.episode_limit):
         with clock("act"):
-            actions, memory = choose(step, memory)
-        before = step
+            actions, memory = choose(steps[-1], memory)
         with clock("env"):
-            step = env.step(actions)
-        rows.append((before.obs, before.state, before.avail, actions, step.reward, step.terminated))
+            steps.append(step := env.step(actions))
+        played.append(actions)
         filled.append(running)
         for name, value in step.info.items():
             last_info[name] = torch.where(running, value, last_info[name]) if name in last_info else value
         running = running & ~(step.terminated | step.truncated)
         if env.device.type == "cpu" and not running.any():  # on a GPU asking would stall it
             break
-    names = ("obs", "state", "avail", "actions", "reward", "terminated")
-    episodes = {name: torch.stack(column, dim=1) for name, column in zip(names, zip(*rows))}  # (B, T, ...)
-    for name in ("obs", "state", "avail"):
-        episodes[name] = torch.cat([episodes[name], getattr(step, name).unsqueeze(1)], dim=1)  # (B, T+1, ...)
+    stack = lambda name, steps: torch.stack([getattr(step, name) for step in steps], dim=1)  # noqa: E731
+    episodes = {name: stack(name, steps) for name in ("obs", "state", "avail")}  # (B, T+1, ...)
+    episodes |= {name: stack(name, steps[1:]) for name in ("reward", "terminated")}  # (B, T)
+    episodes["actions"] = torch.stack(played, dim=1)  # (B, T, N)
     filled = torch.stack(filled, dim=1)  # (B, T)
-    facts = {name: value.cpu() for name, value in last_info.items()}
-    facts["return"] = (episodes["reward"] * filled).sum(1).cpu()
+    facts = {"return": (episodes["reward"] * filled).sum(1).cpu()} | {k: v.cpu() for k, v in last_info.items()}
     lengths = filled.sum(1).cpu()
+    if "void" in facts:
+        keep = ~facts.pop("void")
+        episodes, facts = ({k: v[keep.to(v.device)] for k, v in d.items()} for d in (episodes, facts))
+        lengths = lengths[keep]
     return episodes, lengths, facts
 
 
@@ -472,7 +478,7 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     (B, T). Returns the loss and the means of q_taken (Q_tot of the actions taken) and target, all scalars.
     """
     obs, state, avail, actions = batch["obs"], batch["state"], batch["avail"], batch["actions"].long()
-    reward, terminated, filled = (batch[name].float().unsqueeze(-1) for name in ("reward", "terminated", "filled"))
+    reward, terminated, filled = (batch[k].to(obs.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
 
     q, _ = team.agent(obs, last_actions)  # (B, T+1, N, A)
@@ -766,27 +772,26 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
     write_whole(path, text.getvalue().encode())
 
 
-def open_run_directory(cfg: Config, resume: bool) -> Path:
-    """Make the directory, or see that it holds a run to resume; lock it until this process ends."""
+def open_run_directory(cfg: Config, resume: bool) -> tuple[Path, int]:
+    """Make the directory, or see that it holds a run to resume; lock it. Returns it, and the lock's file descriptor."""
     name = cfg.out or f"runs/{cfg.env.replace(':', '-')}-{cfg.algo}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out = Path(name)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / file).exists() for file in ("config.json", "checkpoint.pt", "metrics.csv")):
             raise UsageError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
+        lock = os.open(out, os.O_RDONLY)
         try:
-            import fcntl
-            fcntl.flock(os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # not a Unix: no lock
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(lock)
             raise UsageError(f"{out} is in use by another process") from None
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         content = dict(config=dataclasses.asdict(cfg) | {"out": str(out)}, versions=versions)
         write_whole(out / "config.json", json.dumps(content, indent=2).encode())
     except OSError as error:
         raise UsageError(f"run directory {out} cannot be written: {error.strerror}") from None
-    return out
+    return out, lock
 
 
 def read_config(out: str) -> Config:
@@ -806,7 +811,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
     and SystemExit.
     """
     run = Run(cfg.check())
-    out = open_run_directory(cfg, resume)
+    out, lock = open_run_directory(cfg, resume)
     if resume and (out / "checkpoint.pt").exists():  # killed before the first checkpoint: it starts anew
         saved = read_checkpoint(out / "checkpoint.pt")
         try:
@@ -833,7 +838,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
                     run.play()
                     report.update()
                 # Often enough to lose little by a kill, seldom enough not to be felt (3 % of the time at most).
-                if stop.signal or time.perf_counter() - saved_at > max(5.0, 30 * save_cost):
+                if stop.signal or time.perf_counter() - saved_at > max(cfg.checkpoint_seconds, 30 * save_cost):
                     saved_at = time.perf_counter()
                     write_checkpoint(out / "checkpoint.pt", run.state_dict())
                     save_cost = time.perf_counter() - saved_at
@@ -844,6 +849,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
         finally:
             report.close()
             run.env.close()
+            os.close(lock)
     return result(run, out)
 
 

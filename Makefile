@@ -1,0 +1,40 @@
+# Two commands: make train, make test. Each target runs one command, which README.md shows too.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+help:            ## this list
+	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/: [^#]*## /\t/' | expand -t 18
+
+install: .venv/installed  ## a virtual environment in .venv with all that is needed
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@if $(RUN) -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then \
+		$(MAKE) install-ma-gym || echo "ma-gym could not be installed; only the test that compares with it is skipped"; fi
+	@touch $@
+
+install-ma-gym:  ## ma-gym, on Python 3.10 and 3.11 (make install does it there)
+	.venv/bin/pip install --quiet --disable-pip-version-check 'setuptools<66' 'wheel<0.40'
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-build-isolation gym==0.20.0
+	.venv/bin/pip install --quiet --disable-pip-version-check ma-gym==0.0.14
+	.venv/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77' -r requirements.txt
+
+train: .venv/installed  ## QMIX on Checkers, against the known optimum
+	$(RUN) qmix.py --env checkers --algo qmix
+
+test: .venv/installed  ## every test
+	$(RUN) -m pytest -q
+
+smoke: .venv/installed  ## under a minute: every algorithm on every built-in environment
+	$(RUN) -m pytest -q -k smoke
+
+two-step: .venv/installed  ## under a minute: the paper's two-step game, six algorithms, their tables
+	$(RUN) docs/two_step.py
+
+lint: .venv/installed  ## ruff
+	.venv/bin/ruff check .
+
+clean:           ## removes .venv and caches; runs/ stays
+	rm -rf .venv __pycache__ .pytest_cache .ruff_cache
+
+.PHONY: help install install-ma-gym train test smoke two-step lint clean
