@@ -24,6 +24,7 @@ Departures from the paper, each marked where it stands:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -757,7 +758,10 @@ class Report:
                 if value is not None:
                     self.board.add_scalar(name, value, row["env_steps"])
 
-    def close(self) -> None:
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_) -> None:
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:
@@ -772,26 +776,29 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
     write_whole(path, text.getvalue().encode())
 
 
-def open_run_directory(cfg: Config, resume: bool) -> tuple[Path, int]:
-    """Make the directory, or see that it holds a run to resume; lock it. Returns it, and the lock's file descriptor."""
+@contextlib.contextmanager
+def run_directory(cfg: Config, resume: bool):
+    """The directory of the run, made or found, and locked for as long as the `with` lasts."""
     name = cfg.out or f"runs/{cfg.env.replace(':', '-')}-{cfg.algo}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(name)
+    out, lock = Path(name), None
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / file).exists() for file in ("config.json", "checkpoint.pt", "metrics.csv")):
             raise UsageError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
         lock = os.open(out, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UsageError(f"{out} is in use by another process") from None
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         content = dict(config=dataclasses.asdict(cfg) | {"out": str(out)}, versions=versions)
         write_whole(out / "config.json", json.dumps(content, indent=2).encode())
+    except BlockingIOError:
+        os.close(lock)
+        raise UsageError(f"{out} is in use by another process") from None
     except OSError as error:
         raise UsageError(f"run directory {out} cannot be written: {error.strerror}") from None
-    return out, lock
+    try:
+        yield out
+    finally:
+        os.close(lock)
 
 
 def read_config(out: str) -> Config:
@@ -803,6 +810,36 @@ def read_config(out: str) -> Config:
         raise UsageError(f"{out} does not hold a run: {first_line(error)}") from None
 
 
+def go_on(run: Run, out: Path, stop: StopRequest, report: Report) -> None:
+    """Do what is due until nothing is, with a checkpoint now and then: often enough to lose little by a kill, seldom
+    enough not to be felt (3 % of the time at most)."""
+    saved_at, save_cost = time.perf_counter(), 0.0
+    while True:
+        if (due := run.updates_due()) > 0:
+            with run.clock("learn"):
+                run.learn(min(due, 100))
+        elif run.test_due():
+            row = run.test()
+            if row["test_return"] > run.best:
+                run.best = row["test_return"]
+                write_checkpoint(out / "best.pt", run.weights())
+            write_metrics(out / "metrics.csv", run.rows)
+            report.row(row)
+        elif run.finished():
+            break
+        else:
+            run.play()
+            report.update()
+        if stop.signal or time.perf_counter() - saved_at > max(run.cfg.checkpoint_seconds, 30 * save_cost):
+            saved_at = time.perf_counter()
+            write_checkpoint(out / "checkpoint.pt", run.state_dict())
+            save_cost = time.perf_counter() - saved_at
+        if stop.signal:
+            print(f"stopped at {run.counts['env_steps']} environment steps; go on with --resume {out}")
+            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)
+    write_checkpoint(out / "checkpoint.pt", run.state_dict())
+
+
 def train(cfg: Config, resume: bool = False) -> dict:
     """Train as `cfg` says, in the run directory cfg.out, and return the facts that the result line prints.
 
@@ -811,58 +848,23 @@ def train(cfg: Config, resume: bool = False) -> dict:
     and SystemExit.
     """
     run = Run(cfg.check())
-    out, lock = open_run_directory(cfg, resume)
-    if resume and (out / "checkpoint.pt").exists():  # killed before the first checkpoint: it starts anew
-        saved = read_checkpoint(out / "checkpoint.pt")
-        try:
-            run.load_state_dict(saved)
-        except Exception as error:
-            raise UsageError(f"{out}/checkpoint.pt does not fit this run: {first_line(error)}") from None
-    report, saved_at, save_cost = Report(run, out), time.perf_counter(), 0.0
-    with StopRequest() as stop:
-        try:
-            while True:
-                if (due := run.updates_due()) > 0:
-                    with run.clock("learn"):
-                        run.learn(min(due, 100))
-                elif run.test_due():
-                    row = run.test()
-                    if row["test_return"] > run.best:
-                        run.best = row["test_return"]
-                        write_checkpoint(out / "best.pt", run.weights())
-                    write_metrics(out / "metrics.csv", run.rows)
-                    report.row(row)
-                elif run.finished():
-                    break
-                else:
-                    run.play()
-                    report.update()
-                # Often enough to lose little by a kill, seldom enough not to be felt (3 % of the time at most).
-                if stop.signal or time.perf_counter() - saved_at > max(cfg.checkpoint_seconds, 30 * save_cost):
-                    saved_at = time.perf_counter()
-                    write_checkpoint(out / "checkpoint.pt", run.state_dict())
-                    save_cost = time.perf_counter() - saved_at
-                if stop.signal:
-                    print(f"\nstopped at {run.counts['env_steps']} environment steps; go on with --resume {out}")
-                    raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)
-            write_checkpoint(out / "checkpoint.pt", run.state_dict())
-        finally:
-            report.close()
-            run.env.close()
-            os.close(lock)
-    return result(run, out)
-
-
-def result(run: Run, out: Path) -> dict:
-    """The facts of a finished run."""
+    try:
+        with run_directory(cfg, resume) as out:
+            if resume and (out / "checkpoint.pt").exists():  # killed before the first checkpoint: it starts anew
+                saved = read_checkpoint(out / "checkpoint.pt")
+                try:
+                    run.load_state_dict(saved)
+                except Exception as error:
+                    raise UsageError(f"{out}/checkpoint.pt does not fit this run: {first_line(error)}") from None
+            with StopRequest() as stop, Report(run, out) as report:
+                go_on(run, out, stop, report)
+    finally:
+        run.env.close()
     last = run.rows[-1]
-    facts = dict(env=run.cfg.env, algo=run.cfg.algo, seed=run.cfg.seed, env_steps=run.counts["env_steps"],
-                 episodes=run.counts["episodes"], updates=run.counts["updates"], seconds=round(last["seconds"], 2),
-                 test_return=last["test_return"], test_win_rate=last["test_win_rate"], best_test_return=run.best,
-                 out=str(out))
-    if run.cfg.env == "two-step":
-        facts["q_tot"] = two_step_tables(run.team)
-    return facts
+    facts = dict(env=cfg.env, algo=cfg.algo, seed=cfg.seed, env_steps=last["env_steps"], episodes=last["episodes"],
+                 updates=last["updates"], seconds=round(last["seconds"], 2), test_return=last["test_return"],
+                 test_win_rate=last["test_win_rate"], best_test_return=run.best, out=str(out))
+    return facts | ({"q_tot": two_step_tables(run.team)} if cfg.env == "two-step" else {})
 
 
 # ----------------------------------------------------------------------------------------- using what has been learned
@@ -980,21 +982,6 @@ def two_step_tables(team: Team) -> dict:
 
 # --------------------------------------------------------------------------------------------------------- command line
 
-PAPER_TABLES = {  # Table 2 of the paper
-    "vdn": {"1": [[6.94, 6.94], [6.35, 6.36]], "2A": [[6.99, 7.02], [6.99, 7.02]], "2B": [[-1.87, 2.31], [2.33, 6.51]]},
-    "qmix": {"1": [[6.93, 6.93], [7.92, 7.92]], "2A": [[7.0, 7.0], [7.0, 7.0]], "2B": [[0.0, 1.0], [1.0, 8.0]]},
-}
-
-
-def print_tables(tables: dict, algo: str) -> None:
-    """The learned tables, and the paper's beside them where it prints any."""
-    for name, source in [(algo, tables), (f"{algo}, paper", PAPER_TABLES.get(algo))]:
-        if source:
-            cells = (f"{state}: " + " / ".join("{:5.2f} {:5.2f}".format(*row) for row in rows)
-                     for state, rows in source.items())
-            print(f"Q_tot {name:<12} " + "   ".join(cells))
-
-
 @dataclasses.dataclass
 class Command:
     """QMIX, VDN, IQL and the paper's ablations. Without --resume or --evaluate: train."""
@@ -1057,8 +1044,6 @@ def main(arguments: list[str]) -> int:
         else:
             print("config: " + json.dumps(dataclasses.asdict(command.config)))
             facts = train(command.config, resume=bool(command.resume))
-            if "q_tot" in facts:
-                print_tables(facts["q_tot"], facts["algo"])
         print("result: " + json.dumps(facts))
         return 0
     except UsageError as error:

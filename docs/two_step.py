@@ -19,6 +19,21 @@ import qmix  # noqa: E402
 EXACT = {"qmix": (8, 0), "qmix-ns": (8, 0), "iql": (7, 1.945)}  # greedy return, plateau of the loss; others: 7, 0.5625
 
 
+PAPER_TABLES = {  # Table 2 of the paper
+    "vdn": {"1": [[6.94, 6.94], [6.35, 6.36]], "2A": [[6.99, 7.02], [6.99, 7.02]], "2B": [[-1.87, 2.31], [2.33, 6.51]]},
+    "qmix": {"1": [[6.93, 6.93], [7.92, 7.92]], "2A": [[7.0, 7.0], [7.0, 7.0]], "2B": [[0.0, 1.0], [1.0, 8.0]]},
+}
+
+
+def print_tables(tables: dict, algo: str) -> None:
+    """The learned tables, and the paper's beside them where it prints any."""
+    for name, source in [(algo, tables), (f"{algo}, paper", PAPER_TABLES.get(algo))]:
+        if source:
+            cells = (f"{state}: " + " / ".join("{:5.2f} {:5.2f}".format(*row) for row in rows)
+                     for state, rows in source.items())
+            print(f"Q_tot {name:<12} " + "   ".join(cells))
+
+
 def run(algo: str, seed: int = 1) -> tuple[dict, list[dict]]:
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         facts = qmix.train(qmix.Config(env="two-step", algo=algo, seed=seed, out=folder, device="cpu"))
@@ -32,7 +47,7 @@ def main() -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["algo", "seed", "env_steps", "loss", "test_return"])
         for algo, (facts, rows) in zip(algos, pool.imap(run, algos)):
-            qmix.print_tables(facts["q_tot"], algo)
+            print_tables(facts["q_tot"], algo)
             loss, (greedy, plateau) = float(rows[-1]["loss"]), EXACT.get(algo, (7, 0.5625))
             print(f"{'':6}greedy return {facts['test_return']:.0f} (paper {greedy}), "
                   f"loss {loss:.3f} (exact {plateau}), {facts['seconds']:.0f} s\n", flush=True)
