@@ -41,6 +41,9 @@ class Step(NamedTuple):
     info: dict[str, Tensor]  # (B,) each: battle_won where there is a battle; void: throw this episode away
 
 
+# --------------------------------------------------------------------------------------------------- two-step, Checkers
+
+
 class TwoStep:
     """The paper's two-step game (section 5): in state 1 agent 1's action alone picks 2A or 2B, which then pays.
 
@@ -192,10 +195,354 @@ class Checkers:
         pass
 
 
+# ------------------------------------------------------------------------------------------------------------ skirmish
+
+
+class Kind(NamedTuple):
+    """One kind of unit, from the game's public unit data; map cells and seconds ("faster" speed)."""
+    armoured: bool  # else light
+    health: float
+    shield: float
+    armour: float  # off every hit, but not off what the shield takes
+    damage: float  # of one hit
+    hits: int  # in one shot
+    bonus_armoured: float  # what each hit does more to an armoured unit
+    bonus_light: float
+    beam: bool  # hits every enemy on a rectangle around the target, across the line of fire
+    cooldown: float  # from shot to shot
+    speed: float
+    range: float  # of the weapon, from edge to edge
+    radius: float
+    push_radius: float  # the radius at which units push each other apart
+    cooldown_norm: float  # smac's divisor of the cooldown, game loops
+
+
+KINDS = {
+    "colossus": Kind(True, 200, 150, 1, 10, 2, 0, 5, True, 1.07, 3.15, 7, 1.0, 1.0, 24),
+    "stalker": Kind(True, 80, 80, 1, 13, 1, 5, 0, False, 1.34, 4.13, 6, 0.625, 0.625, 35),
+    "zealot": Kind(False, 100, 50, 1, 8, 2, 0, 0, False, 0.86, 3.15, 0.1, 0.5, 0.375, 22),
+    "marine": Kind(False, 45, 0, 0, 6, 1, 0, 0, False, 0.61, 3.15, 5, 0.375, 0.375, 15),
+}
+SKIRMISHES = {  # map: allies, enemies, step limit. 5m is the paper's; smac never released it: 5m_vs_6m's limit
+    "3m": (3 * ["marine"], 3 * ["marine"], 60),
+    "5m": (5 * ["marine"], 5 * ["marine"], 70),
+    "8m": (8 * ["marine"], 8 * ["marine"], 120),
+    "5m_vs_6m": (5 * ["marine"], 6 * ["marine"], 70),
+    "2s3z": (2 * ["stalker"] + 3 * ["zealot"], 2 * ["stalker"] + 3 * ["zealot"], 120),
+    "3s5z": (3 * ["stalker"] + 5 * ["zealot"], 3 * ["stalker"] + 5 * ["zealot"], 150),
+    "1c3s5z": (["colossus"] + 3 * ["stalker"] + 5 * ["zealot"],
+               ["colossus"] + 3 * ["stalker"] + 5 * ["zealot"], 180),
+}
+LOOPS_PER_SECOND, LOOPS_PER_STEP = 22.4, 8
+STOP, NORTH, SOUTH, EAST, WEST, ATTACK = 1, 2, 3, 4, 5, 6  # actions: 0 is the dead's no-op, ATTACK + j attacks enemy j
+SIGHT, SHOOT, MOVE = 9.0, 6.0, 2.0  # smac's for every kind: an ally sees, may attack, and is sent that far
+BEAM_WIDTH, BEAM_DEPTH = 2.8, 0.3
+REGENERATION, REGENERATION_DELAY = 0.125, 160  # shield points per game loop, after so many loops without damage
+# One set for all maps, chosen by calibration. Edge to edge, an enemy takes the closest target within NOTICE, or within
+# SIGHT if it was hurt in the last step, and keeps it within LEASH. It decides once per step, as the allies do.
+NOTICE, LEASH = 4.75, 5.0
+SPACING, SCATTER = 1.25, 1.0  # a team starts as a square block, long ranges behind; each unit up to SCATTER / 2 off
+
+
+class Geometry(NamedTuple):
+    """Where a battle takes place, in map cells; by default that of the released SMAC maps."""
+    center: tuple = (16.0, 16.0)
+    extent: tuple = (32.0, 32.0)  # of the playable area: divides the positions in the state
+    walk_x: tuple = (2.0, 30.0)  # walkable: low <= x < high
+    walk_y: tuple = (7.0, 25.0)
+    ally_start: tuple = (9.0, 16.0)  # the enemies' goal
+    enemy_start: tuple = (23.0, 16.0)
+
+
+RELEASED_MAPS = Geometry()
+
+
+class Skirmish:
+    """Two teams fight: ours is learned, theirs attack-moves to where ours started. smac's interface (observation,
+    state, actions, mask, reward: the defaults of oxwhirl/smac, element for element) over a re-creation of the game.
+    Its balance is its own: no win rate from here is one of SMAC's. A time-out is `truncated`; smac calls it an end.
+
+    Left out: acceleration, turning, the delay between aiming and damage, path finding (units slide around each
+    other), and whatever else the computer player does.
+
+    Every fact is one (B, U) tensor of the U = N + M units, allies first. `step` never waits for the device, and what
+    outlives it is updated in place: it can be captured in a CUDA graph.
+    """
+
+    def __init__(self, map_name: str, n_envs: int = 32, device: str = "cpu", seed: int = 0,
+                 geometry: Geometry = RELEASED_MAPS):
+        if map_name not in SKIRMISHES:
+            raise UsageError(f"expected a skirmish map out of {', '.join(SKIRMISHES)}; got {map_name!r}")
+        allies, enemies, self.episode_limit = SKIRMISHES[map_name]
+        self.n_envs, self.device, self.geometry = n_envs, torch.device(device), geometry
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.n_agents, self.n_enemies, self.n_actions = N, M, A = len(allies), len(enemies), ATTACK + len(enemies)
+        self.names = allies + enemies
+
+        def column(values):  # (U,)
+            return torch.tensor(list(values), dtype=torch.float32, device=self.device)
+
+        kinds = Kind(*(column(values) for values in zip(*(KINDS[name] for name in self.names))))
+        self.health_max, self.shield_max, self.armour = kinds.health, kinds.shield, kinds.armour
+        self.radius, self.reach = kinds.radius, kinds.range + kinds.radius
+        self.speed, self.reload = kinds.speed / LOOPS_PER_SECOND, kinds.cooldown * LOOPS_PER_SECOND  # in game loops
+        self.cooldown_norm, self.beam = kinds.cooldown_norm, kinds.beam > 0
+        self.any_beam, self.any_shield = "colossus" in allies, "marine" not in allies
+        self.contact = kinds.push_radius[:, None] + kinds.push_radius  # (U, U) the distance at which two touch
+        self.contact.fill_diagonal_(0)
+        self.index = torch.arange(N + M, device=self.device)
+        foes = (self.index[:, None] < N) != (self.index < N)
+        bonus = torch.where(kinds.armoured > 0, kinds.bonus_armoured[:, None], kinds.bonus_light[:, None])
+        self.damage = kinds.damage[:, None] + bonus  # (U attacker, U victim) of one hit
+        self.shot = self.damage * kinds.hits[:, None] * foes  # of a whole shot
+
+        types = list(dict.fromkeys(allies))
+        self.type_bits = column(name == kind for name in self.names for kind in types).view(N + M, -1)
+        if len(types) == 1:
+            self.type_bits = self.type_bits[:, :0]
+        if len(types) == 2:  # subtle: smac has the enemies' bits the other way round on these maps
+            self.type_bits[N:] = self.type_bits[N:].flip(1)
+        facts = self.any_shield + self.type_bits.shape[1]
+        self.obs_dim = 4 + (M + N - 1) * (5 + facts) + 1 + facts
+        self.state_dim = N * (4 + facts) + M * (3 + facts) + N * A
+        self.max_reward = 10 * M + 200 + sum(KINDS[name].health + KINDS[name].shield for name in enemies)
+        if not self.any_shield:
+            self.best_return = 20.0  # any win; shields that grow back make more to shoot down
+        self.others = torch.tensor([[j for j in range(N) if j != i] for i in range(N)], device=self.device)
+
+        places = []  # before the scatter: columns of `rows` units, the first kinds hindmost
+        for n, start, forward in ((N, geometry.ally_start, SPACING), (M, geometry.enemy_start, -SPACING)):
+            rows = round(n ** 0.5)
+            columns = -(-n // rows)
+            places += [(start[0] + (i // rows - (columns - 1) / 2) * forward,
+                        start[1] + (i % rows - (rows - 1) / 2) * SPACING) for i in range(n)]
+        self.start_x, self.start_y = torch.tensor(places, device=self.device).T
+        # In game loops: cooldown to the next shot, calm since the last damage. Indices among all units, -1 for none:
+        # target, whom a unit attacks; shots, whom it shot in this step (for `draw`)
+        self.x, self.y, self.health, self.shield, self.cooldown, self.calm = torch.zeros(
+            6, n_envs, N + M, device=self.device)
+        self.target, self.shots = torch.full((2, n_envs, N + M), -1, device=self.device)
+        self.last_actions = torch.full((n_envs, N), -1, device=self.device)
+        self.steps = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def noise(self) -> Tensor:
+        """All the randomness there is: (B, U) numbers in [0, 1), twice for a reset, once for a step."""
+        return torch.rand(self.x.shape, generator=self.generator, device=self.device)
+
+    def reset(self) -> Step:
+        """Starts a new battle everywhere. smac sorts the allies of a kind by x, once an episode."""
+        N = self.n_agents
+        self.x.copy_(self.start_x + SCATTER * (self.noise() - 0.5))
+        self.y.copy_(self.start_y + SCATTER * (self.noise() - 0.5))
+        order = (self.x + 1000 * self.type_bits.argmax(1) if self.type_bits.numel() else self.x)[:, :N].argsort(1)
+        self.x[:, :N], self.y[:, :N] = self.x[:, :N].gather(1, order), self.y[:, :N].gather(1, order)
+        self.health[:], self.shield[:] = self.health_max, self.shield_max
+        self.cooldown.zero_()
+        self.calm.fill_(REGENERATION_DELAY)
+        for memory in (self.target, self.shots, self.last_actions):
+            memory.fill_(-1)
+        self.steps.zero_()
+        return self.look(torch.zeros_like(self.x[:, 0]))
+
+    def close(self):
+        """Nothing to close."""
+
+    # The rules, in the order the game applies them ------------------------------------------------------------------
+
+    def step(self, actions: Tensor) -> Step:
+        """actions (B, N) int64: 0 no-op (the dead), 1 stop, 2-5 move to y+2, y-2, x+2, x-2, 6 + j attack enemy j."""
+        points, alive = self.health + self.shield, self.health > 0
+        orders = self.order(actions)
+        # Each shot's cooldown varies by -1 to +2 loops. No weapon shoots twice in 8 loops: one draw per unit will do.
+        reload = self.reload + 3 * self.noise() - 1
+        self.shots.fill_(-1)
+        for _ in range(LOOPS_PER_STEP):
+            self.game_loop(*orders, reload)
+        self.last_actions.copy_(actions)
+        self.steps += 1
+        return self.look(self.reward(points, alive))
+
+    def order(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sets every unit's target; returns its goal x, y and whether it walks there without a target, (B, U) each."""
+        N, goal_x, goal_y = self.n_agents, self.x.clone(), self.y.clone()
+        # Enemies attack-move
+        gap = self.offsets()[2] - self.radius[:N, None] - self.radius[N:]  # (B, N, M)
+        closest, candidate = gap.masked_fill_(self.health[:, :N, None] <= 0, torch.inf).min(1)
+        notice = torch.where(self.calm[:, N:] < LOOPS_PER_STEP, SIGHT, NOTICE)
+        held = self.target[:, N:]
+        keep = (held >= 0) & (gap.gather(1, held.clamp(min=0)[:, None])[:, 0] <= LEASH)
+        self.target[:, N:] = torch.where(keep, held, torch.where(closest <= notice, candidate, -1))
+        goal_x[:, N:], goal_y[:, N:] = self.geometry.ally_start
+        # Allies do what they are told
+        self.target[:, :N] = torch.where(actions >= ATTACK, actions - ATTACK + N, -1)
+        goal_x[:, :N] += MOVE * ((actions == EAST).float() - (actions == WEST).float())
+        goal_y[:, :N] += MOVE * ((actions == NORTH).float() - (actions == SOUTH).float())
+        moves = (actions >= NORTH) & (actions < ATTACK)
+        return goal_x, goal_y, torch.cat([moves, torch.ones_like(keep)], 1)
+
+    def game_loop(self, goal_x: Tensor, goal_y: Tensor, walks: Tensor, reload: Tensor):
+        """One game loop of all units at once; arguments (B, U) each."""
+        x, y, alive, aim = self.x, self.y, self.health > 0, self.target.clamp(min=0)
+        attacks = alive & (self.target >= 0) & alive.gather(1, aim)
+        to_x = torch.where(attacks, x.gather(1, aim), goal_x) - x
+        to_y = torch.where(attacks, y.gather(1, aim), goal_y) - y
+        distance = (to_x.square() + to_y.square()).sqrt().clamp_(min=1e-6)
+        missing = distance - torch.where(attacks, self.reach + self.radius[aim], 0)
+
+        # Who has its target in reach shoots as soon as its weapon is ready, all at once
+        fires = attacks & (missing <= 1e-3) & (self.cooldown <= 0)  # 1e-3: float32 may walk a hair too short
+        hit = fires[:, :, None] & (aim[:, :, None] == self.index)  # (B, U attacker, U victim)
+        if self.any_beam:
+            hit |= (fires & self.beam)[:, :, None] & self.swept(to_x, to_y, distance) & alive[:, None]
+        self.wound(hit * self.shot)
+        self.cooldown.copy_(torch.where(fires, reload, self.cooldown).sub_(1).clamp_(min=0))
+        self.shots.copy_(torch.where(fires, aim, self.shots))
+
+        # Who has not, walks until it has; the others walk to their goal, or stand
+        walk = torch.minimum(missing.clamp_(min=0), self.speed) / distance * (alive & (attacks | walks))
+        x.addcmul_(to_x, walk)
+        y.addcmul_(to_y, walk)
+
+        # Two living units that overlap are pushed apart, each by half
+        tie = x + 1e-4 * self.index  # two on one spot part too
+        gap_x, gap_y = tie[:, :, None] - tie[:, None], y[:, :, None] - y[:, None]  # (B, U, U)
+        gap = (gap_x.square() + gap_y.square()).sqrt_().clamp_(min=1e-6)
+        push = (self.contact / gap).sub_(1).clamp_(min=0).mul_(0.5 * alive[:, None])
+        x.add_((gap_x * push).sum(2)).clamp_(self.geometry.walk_x[0], self.geometry.walk_x[1] - 1e-3)
+        y.add_((gap_y * push).sum(2)).clamp_(self.geometry.walk_y[0], self.geometry.walk_y[1] - 1e-3)
+
+    def swept(self, to_x: Tensor, to_y: Tensor, distance: Tensor) -> Tensor:
+        """(B, U attacker, U victim): would a beam across the line to the attacker's target touch the victim's body?"""
+        along_x, along_y = (to_x / distance)[:, :, None], (to_y / distance)[:, :, None]
+        off_x = self.x[:, None] - (self.x + to_x)[:, :, None]  # from the target
+        off_y = self.y[:, None] - (self.y + to_y)[:, :, None]
+        return (((off_x * along_x + off_y * along_y).abs() <= BEAM_DEPTH / 2 + self.radius)
+                & ((off_x * along_y - off_y * along_x).abs() <= BEAM_WIDTH / 2 + self.radius))
+
+    def wound(self, attack: Tensor):
+        """Takes whole shots, `attack` (B, U attacker, U victim) in points, off shields, then off health."""
+        total = attack.cumsum(1)
+        # In the attackers' order: the part of each shot that the shield lets through, as hits that met none of it ...
+        through = torch.minimum((total - self.shield[:, None]).clamp_(min=0), attack)
+        whole = (through / self.damage).floor_()
+        rest = through - whole * self.damage  # ... and what is left of the one that broke it
+        lost = whole * (self.damage - self.armour) + rest.sub_(self.armour).clamp_(min=0)
+        self.health.sub_(lost.sum(1)).clamp_(min=0)
+        self.calm.add_(1).mul_(total[:, -1] == 0)
+        self.shield.sub_(total[:, -1]).clamp_(min=0).add_(REGENERATION * (self.calm > REGENERATION_DELAY))
+        self.shield.copy_(torch.minimum(self.shield, self.shield_max))
+
+    # smac's interface -----------------------------------------------------------------------------------------------
+
+    def look(self, reward: Tensor) -> Step:
+        """What the battle is now, and `reward` (B,) for what led there."""
+        ours, theirs = (self.health > 0).split([self.n_agents, self.n_enemies], 1)
+        terminated = ~(ours.any(1) & theirs.any(1))
+        info = {"battle_won": ours.any(1) & ~theirs.any(1), "dead_allies": (~ours).sum(1),
+                "dead_enemies": (~theirs).sum(1)}
+        avail = self.available()
+        return Step(self.observation(avail), self.state(), avail, reward, terminated,
+                    ~terminated & (self.steps >= self.episode_limit), info)
+
+    def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and distance from each ally to each enemy, (B, N, M) each."""
+        N = self.n_agents
+        dx, dy = self.x[:, None, N:] - self.x[:, :N, None], self.y[:, None, N:] - self.y[:, :N, None]
+        return dx, dy, (dx.square() + dy.square()).sqrt()
+
+    def available(self) -> Tensor:
+        """(B, N, A) bool. A move goes two cells, but only the first one is looked at."""
+        N, (left, right), (bottom, top) = self.n_agents, self.geometry.walk_x, self.geometry.walk_y
+        x, y, alive = self.x[:, :N], self.y[:, :N], self.health > 0
+        ahead = MOVE / 2
+        moves = [y + ahead < top, y - ahead >= bottom, x + ahead < right, x - ahead >= left]
+        shoot = (self.offsets()[2] <= SHOOT) & alive[:, None, N:]
+        alive = alive[:, :N]
+        return torch.cat([torch.stack([~alive, alive, *(move & alive for move in moves)], 2),
+                          shoot & alive[:, :, None]], 2)
+
+    def bodies(self) -> Tensor:
+        """(B, U, 1 + s + u): health, [shield], [type bits] of every unit, in parts of the whole."""
+        columns = [(self.health / self.health_max)[..., None], self.type_bits.expand(self.n_envs, -1, -1)]
+        if self.any_shield:
+            columns.insert(1, (self.shield / self.shield_max)[..., None])
+        return torch.cat(columns, 2)
+
+    def observation(self, avail: Tensor) -> Tensor:
+        """(B, N, O): open directions, every enemy, every other ally, itself; zeros for the dead and the unseen."""
+        N, alive, bodies = self.n_agents, self.health > 0, self.bodies()
+        dx, dy = self.x[:, None] - self.x[:, :N, None], self.y[:, None] - self.y[:, :N, None]  # (B, N, U)
+        distance = (dx.square() + dy.square()).sqrt()
+        first = torch.ones_like(distance)  # an ally: seen; an enemy: may be attacked
+        first[:, :, N:] = avail[:, :, ATTACK:]
+        units = torch.cat([torch.stack([first, distance / SIGHT, dx / SIGHT, dy / SIGHT], 3),
+                           bodies[:, None].expand(-1, N, -1, -1)], 3)
+        units *= (alive[:, None] & (distance < SIGHT))[..., None]
+        others = units.gather(2, self.others[None, :, :, None].expand(self.n_envs, -1, -1, units.shape[3]))
+        return torch.cat([avail[:, :, NORTH:ATTACK], units[:, :, N:].flatten(2), others.flatten(2), bodies[:, :N]],
+                         2) * alive[:, :N, None]
+
+    def state(self) -> Tensor:
+        """(B, S): every ally, every enemy, the allies' last actions one-hot; zeros for the dead, and before the first
+        step."""
+        N, alive, bodies = self.n_agents, (self.health > 0)[..., None], self.bodies()
+        (center_x, center_y), (extent_x, extent_y) = self.geometry.center, self.geometry.extent
+        columns = [self.cooldown / self.cooldown_norm, (self.x - center_x) / extent_x, (self.y - center_y) / extent_y]
+        units = torch.cat([bodies[..., :1], torch.stack(columns, 2), bodies[..., 1:]], 2) * alive  # (B, U, 4 + s + u)
+        enemies = torch.cat([units[:, N:, :1], units[:, N:, 2:]], 2)  # without the cooldown
+        last = self.last_actions[..., None] == torch.arange(self.n_actions, device=self.device)
+        return torch.cat([units[:, :N].flatten(1), enemies.flatten(1), last.flatten(1)], 1)
+
+    def reward(self, points: Tensor, alive: Tensor) -> Tensor:
+        """(B,): damage to enemies + 10 per kill + 200 for the win, scaled to make 20 in all. `points`, `alive` (B, U):
+        health + shield, and who lived, before the step. subtle: smac takes the absolute value of the sum, so it pays
+        for enemy shields where they grow back faster than they are shot down."""
+        N, lives = self.n_agents, self.health > 0
+        change = (points - (self.health + self.shield) * lives + 10 * ~lives) * alive
+        won = lives[:, :N].any(1) & ~lives[:, N:].any(1)
+        return (change[:, N:].sum(1).abs() + 200 * won) * (20 / self.max_reward)
+
+    # Beyond smac ----------------------------------------------------------------------------------------------------
+
+    def heuristic(self) -> Tensor:
+        """(B, N) actions: attack the closest enemy until it dies, then the next; walk to it where it is too far."""
+        N, avail, (dx, dy, distance) = self.n_agents, self.available(), self.offsets()
+        closest = distance.masked_fill_(self.health[:, None, N:] <= 0, torch.inf).argmin(2) + ATTACK
+        last = self.last_actions.clamp(min=0)
+        attack = torch.where((last >= ATTACK) & avail.gather(2, last[..., None])[..., 0], last, closest)
+        dx, dy = (d.gather(2, attack[..., None] - ATTACK)[..., 0] for d in (dx, dy))
+        walk = torch.where(dx.abs() > dy.abs(), torch.where(dx > 0, EAST, WEST), torch.where(dy > 0, NORTH, SOUTH))
+        wish = torch.stack([attack, walk, torch.full_like(walk, STOP), torch.zeros_like(walk)], 2)  # the first possible
+        return wish.gather(2, avail.gather(2, wish).float().argmax(2, keepdim=True))[..., 0]
+
+    def draw(self, ax, b: int = 0):
+        """Draws environment b as it is now onto a matplotlib Axes: units, health (green), shields (blue), shots."""
+        from matplotlib.patches import Circle
+        ax.set(xlim=self.geometry.walk_x, ylim=self.geometry.walk_y, aspect="equal", xticks=[], yticks=[])
+        facts = self.x, self.y, self.health, self.shield, self.shots
+        x, y, health, shield, shots = (fact[b].tolist() for fact in facts)
+        for i, name in enumerate(self.names):
+            kind, color = KINDS[name], "tab:blue" if i < self.n_agents else "tab:red"
+            if shots[i] >= 0:
+                ax.plot([x[i], x[shots[i]]], [y[i], y[shots[i]]], color=color, linewidth=1, zorder=1)
+            if health[i] <= 0:
+                ax.plot(x[i], y[i], "x", color=color, alpha=0.3, zorder=0)
+                continue
+            ax.add_patch(Circle((x[i], y[i]), kind.radius, color=color, zorder=2))
+            ax.text(x[i], y[i], name[0].upper(), color="white", size=6, ha="center", va="center", zorder=3)
+            for height, part, color in ((0.2, health[i] / kind.health, "tab:green"),
+                                        (0.5, shield[i] / max(kind.shield, 1), "deepskyblue")):
+                ax.plot([x[i] - 0.5, x[i] - 0.5 + part], 2 * [y[i] + kind.radius + height], color=color,
+                        linewidth=2 if part > 0 else 0, solid_capstyle="butt", zorder=3)
+
+
 def make(name: str, n_envs: int = 32, device: str | torch.device = "cpu", seed: int = 0):
     """The environment called `name`, or UsageError with the names there are."""
     if name == "two-step":
         return TwoStep(n_envs, device, seed)
     if name in ("checkers", "checkers-v0", "checkers-v1", "checkers-v2", "checkers-v3"):
         return Checkers(int(name[-1]) if name[-1].isdigit() else 0, n_envs, device, seed)
-    raise UsageError(f"unknown environment {name!r}; there are two-step, checkers, checkers-v1, -v2 and -v3")
+    if name.startswith("skirmish:"):
+        return Skirmish(name.removeprefix("skirmish:"), n_envs, device, seed)
+    raise UsageError(f"unknown environment {name!r}; there are two-step, checkers, checkers-v1 .. -v3, and "
+                     f"skirmish:MAP with MAP out of {', '.join(SKIRMISHES)}")
