@@ -1,9 +1,11 @@
 # Two commands: make train, make test. Each target runs one command, which README.md shows too.
 PYTHON ?= python3
 RUN = .venv/bin/python
+MAP ?= 3m
+ALGO ?= qmix
 
 help:            ## this list
-	@grep -E '^[a-z-]+: .*##' Makefile | sed -E 's/: [^#]*## /\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/: [^#]*## /\t/' | expand -t 18
 
 install: .venv/installed  ## a virtual environment in .venv with all that is needed
 .venv/installed: requirements.txt
@@ -25,6 +27,17 @@ train: .venv/installed  ## QMIX on Checkers, against the known optimum
 test: .venv/installed  ## every test
 	$(RUN) -m pytest -q
 
+skirmish: .venv/installed  ## QMIX on skirmish:MAP (make skirmish MAP=2s3z): the paper's maps without StarCraft II
+	$(RUN) qmix.py --env skirmish:$(MAP) --algo $(ALGO)
+
+smac: .venv/installed  ## QMIX on smac:MAP (make smac MAP=3m): the real thing, after make install-smac
+	$(RUN) qmix.py --env smac:$(MAP) --algo $(ALGO)
+
+install-smac: .venv/installed  ## StarCraft's smac, beside the rest; README.md tells how to get the game and the maps
+	.venv/bin/pip install --quiet --disable-pip-version-check tensorboard==2.20.0 pysc2==4.0.0 protobuf==3.20.3 \
+		git+https://github.com/oxwhirl/smac.git@d6aab33
+	.venv/bin/pip uninstall --quiet --yes enum34
+
 smoke: .venv/installed  ## under a minute: every algorithm on every built-in environment
 	$(RUN) -m pytest -q -k smoke
 
@@ -37,4 +50,4 @@ lint: .venv/installed  ## ruff
 clean:           ## removes .venv and caches; runs/ stays
 	rm -rf .venv __pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help install install-ma-gym train test smoke two-step lint clean
+.PHONY: help install install-ma-gym install-smac train test skirmish smac smoke two-step lint clean

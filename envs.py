@@ -14,9 +14,32 @@ Episodes run in lockstep: what an environment returns after its own episode has 
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import mmap
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import weakref
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -393,7 +416,7 @@ class Skirmish:
         fires = attacks & (missing <= 1e-3) & (self.cooldown <= 0)  # 1e-3: float32 may walk a hair too short
         hit = fires[:, :, None] & (aim[:, :, None] == self.index)  # (B, U attacker, U victim)
         if self.any_beam:
-            hit |= (fires & self.beam)[:, :, None] & self.swept(to_x, to_y, distance) & alive[:, None]
+            hit |= (fires & self.beam)[:, :, None] & self.swept(to_x, to_y, distance)
         self.wound(hit * self.shot)
         self.cooldown.copy_(torch.where(fires, reload, self.cooldown).sub_(1).clamp_(min=0))
         self.shots.copy_(torch.where(fires, aim, self.shots))
@@ -536,13 +559,572 @@ class Skirmish:
                         linewidth=2 if part > 0 else 0, solid_capstyle="butt", zorder=3)
 
 
-def make(name: str, n_envs: int = 32, device: str | torch.device = "cpu", seed: int = 0):
-    """The environment called `name`, or UsageError with the names there are."""
+# ---------------------------------------------------------------------------------------------------- worker processes
+#
+# A single environment has PyMARL's interface: get_env_info() -> dict(n_agents, n_actions, obs_shape, state_shape,
+# episode_limit), reset(), step(list of N ints) -> (team reward, terminated, info), get_obs() (N, O), get_state() (S),
+# get_avail_actions() (N, A), close(). info["episode_limit"] = True tells of a time limit; an end without it is an end.
+#
+# subtle: plain child processes rather than `multiprocessing`. fork copies torch's threads' locks in whatever state
+# they are; spawn and forkserver import the user's script again, which trains again where `if __name__` is missing.
+
+PROTOCOL = ("get_env_info", "reset", "step", "get_obs", "get_state", "get_avail_actions", "close")
+SIZES = ("n_agents", "n_actions", "obs_shape", "state_shape", "episode_limit")
+FACTS = ("battle_won", "dead_allies", "dead_enemies")  # what info may say of an episode, and the metrics show
+PADDING = {"obs": 0, "state": 0, "avail": True, "reward": 0, "terminated": True, "truncated": False}
+GRACE = 10.0  # seconds for a worker to close its environment before it is killed with all it started
+_inside_worker = False
+
+
+class GameFailure(Exception):
+    """Raised by a single environment: the game misbehaved, so the episode is void, but a new game may well work."""
+
+
+class Workers:
+    """B single environments, one process each, behind the batched interface; Linux and macOS.
+
+    name: "smac:MAP", "ma_gym:ID" or "module:Class"; arguments: keyword arguments for that environment.
+    seed: seeds the generator, from which each worker, and each that replaces one, draws its own seed.
+    timeout: seconds that one reset or step may take before the game counts as hung and is killed.
+    max_failures: void episodes in a row of one environment after which EnvFailure is raised.
+    voided: void episodes so far. info: "void", and those of FACTS that the environment tells of.
+    """
+
+    def __init__(self, name, n_envs=32, device="cpu", seed=0, arguments=None, timeout=120.0, max_failures=10):
+        if _inside_worker:
+            raise UsageError(f"{name}: its module makes environments when it is imported: put that under "
+                             "`if __name__ == '__main__':`")
+        if "seed" in (arguments or {}):
+            raise UsageError(f"{name}: seed is not an argument of the environment here: each gets its own, from --seed")
+        self.name, self.n_envs, self.device, self.arguments = name, n_envs, torch.device(device), arguments or {}
+        self.timeout, self.max_failures, self.voided = timeout, max_failures, 0
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.seeds, self.failures, self.told = [0] * n_envs, [0] * n_envs, set()
+        self.running, self.void = np.zeros(n_envs, bool), np.zeros(n_envs, bool)
+        self.asked, self.fresh = set(), set()  # a reset was sent, not answered; was answered, nothing played since
+        self.memory = tempfile.TemporaryFile()  # shared; without a name, so nothing can leave it behind
+        self.workers = [None] * n_envs  # (process, pipe)
+        self.close = weakref.finalize(self, end_workers, self.workers)  # may be called twice; also runs at exit
+
+        self.start_by = time.monotonic() + timeout / 2  # no further try after that, if it never started
+        for b in range(n_envs):
+            self._start(b)
+        everyone = range(n_envs)
+        self._send("info", everyone)
+        lost, infos = self._collect("info", everyone)
+        for b, why in lost.items():
+            self._give_up(EnvFailure(f"{name}: environment {b} (seed {self.seeds[b]}) did not start: {why}"))
+        info = infos[0]
+        if any(other != info for other in infos.values()):
+            self._give_up(UsageError(f"{name}: all environments must have the same sizes, got {infos}"))
+        self.n_agents, self.n_actions, self.obs_dim, self.state_dim, self.episode_limit = (info[k] for k in SIZES)
+        if info.get("note"):
+            print(f"{name}: {info['note']}", file=sys.stderr)
+        if name.startswith("smac:") and str(self.arguments.get("heuristic_ai")).lower() == "true":
+            # smac finds its heuristic's actions itself, within step, whatever it is sent
+            self.heuristic = lambda: torch.zeros(self.n_envs, self.n_agents, dtype=torch.int64, device=self.device)
+        self.rows = shared_rows(self.memory.fileno(), n_envs, info, create=True)
+        self.reset()  # a reset that cannot work is told now; the first reset() of the user gets this same start
+        self.start_by = math.inf
+
+    def reset(self):
+        """Start all episodes -> Step. What does not start is replaced and tried again."""
+        # smac must not be reset twice before its first episode has ended, so an unused start is used
+        waiting = [b for b in range(self.n_envs) if b not in self.fresh]
+        while waiting:
+            new = [b for b in waiting if b not in self.asked]
+            self._send("reset", new)
+            lost, _ = self._collect("reset", waiting)
+            self.asked -= set(waiting)
+            self._replace(lost)
+            waiting = list(lost)
+        self.fresh = set(range(self.n_envs))
+        self.running[:], self.void[:] = True, False
+        return self._now()
+
+    def step(self, actions):
+        """Play actions (B, N) in the episodes still running -> Step."""
+        self.rows["actions"][:] = actions.cpu().numpy()
+        self.rows["reward"][~self.running] = 0
+        playing = np.flatnonzero(self.running).tolist()
+        self.fresh = set()
+        self._send("step", playing)
+        lost, _ = self._collect("step", playing)
+        self.void[list(lost)] = True
+        self._replace(lost)
+        for b in playing:
+            self.running[b] = not (self.void[b] or self.rows["terminated"][b] or self.rows["truncated"][b])
+            if not self.running[b] and not self.void[b]:
+                self.failures[b] = 0
+        return self._now()
+
+    def _now(self):
+        rows = {key: torch.tensor(self.rows[key], device=self.device) for key in (*PADDING, "facts")}  # copies
+        void, facts = torch.tensor(self.void, device=self.device), rows["facts"]
+        if self.void.any():  # padding: the row belongs to the environment that is being made in its place
+            for key, padding in PADDING.items():
+                rows[key][void] = padding
+            facts[void] = 0
+        self.told |= set(np.flatnonzero(~np.isnan(self.rows["facts"][~self.void]).all(0)).tolist())
+        info = {FACTS[k]: facts[:, k] == 1 if FACTS[k] == "battle_won" else facts[:, k].nan_to_num()
+                for k in sorted(self.told)}
+        return Step(*(rows[key] for key in Step._fields[:-1]), info=dict(info, void=void))
+
+    def _start(self, b):
+        self.seeds[b] = int(torch.randint(2**31 - 1, (), generator=self.generator, device=self.device))
+        ours, theirs = multiprocessing.Pipe()
+        fds = (theirs.fileno(), self.memory.fileno())
+        spec = {"path": sys.path, "module": __name__, "name": self.name, "arguments": self.arguments,
+                "seed": self.seeds[b], "b": b, "n_envs": self.n_envs, "pipe": fds[0], "memory": fds[1]}
+        code = ("import importlib, json, sys; spec = json.loads(sys.argv.pop()); sys.path[:] = spec['path']; "
+                "importlib.import_module(spec['module']).work(spec)")
+        # A session of its own: Ctrl-C reaches the trainer alone, and the worker can be ended with all it started.
+        # What the game prints goes to stderr (2): the trainer's stdout ends with its result.
+        process = subprocess.Popen([sys.executable, "-c", code, json.dumps(spec)], stdin=subprocess.DEVNULL, stdout=2,
+                                   pass_fds=fds, start_new_session=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+        theirs.close()
+        self.workers[b] = process, ours
+
+    def _send(self, command, who):
+        for b in who:
+            try:
+                self.workers[b][1].send_bytes(command.encode())
+            except OSError:
+                pass  # it has ended, which _collect finds
+
+    def _collect(self, command, who):
+        """Wait for answers -> ({b: why} of those whose game failed, {b: what} of the others)."""
+        deadline, lost, answers = time.monotonic() + self.timeout, {}, {}
+        for b in who:
+            pipe = self.workers[b][1]
+            try:
+                if not pipe.poll(max(0.0, deadline - time.monotonic())):
+                    lost[b] = f"no answer to {command}() within {self.timeout:g} seconds"
+                    continue
+                kind, _, text = pipe.recv_bytes().decode().partition(" ")
+            except (EOFError, OSError):
+                kind, text = "void", f"its process ended in {command}()"
+            if kind == "usage":
+                self._give_up(UsageError(text))
+            if kind == "error":
+                self._give_up(EnvFailure(f"{self.name}: environment {b} (seed {self.seeds[b]}) failed in {text}"))
+            if kind == "void":
+                lost[b] = text
+            else:
+                answers[b] = json.loads(text or "null")
+        return lost, answers
+
+    def _replace(self, lost):
+        """End the workers {b: why} whose games failed and ask new ones for a start; the next reset waits for them."""
+        for b, why in lost.items():
+            self.voided += 1
+            self.failures[b] += 1
+            tries = self.max_failures if self.start_by == math.inf else 3  # what never started is told soon
+            if self.failures[b] >= tries or time.monotonic() > self.start_by:
+                self._give_up(EnvFailure(f"{self.name}: environment {b} (seed {self.seeds[b]}) failed "
+                                         f"{self.failures[b]} time(s) in a row, the last time: {why}"))
+            print(f"{self.name}: environment {b}: episode void, starting it again: {why}", file=sys.stderr)
+        end_workers([self.workers[b] for b in lost])
+        for b in lost:
+            self._start(b)
+        self._send("reset", lost)
+        self.asked |= set(lost)
+
+    def _give_up(self, error):
+        self.close()
+        raise error
+
+
+def end_workers(workers):
+    """Let each worker close its environment; then end what is left of it and of what it started."""
+    alive = [worker for worker in workers if worker is not None]
+    for process, _ in alive:
+        os.kill(process.pid, signal.SIGTERM)  # not reaped yet, so the number is still this process's
+    deadline = time.monotonic() + GRACE
+    for process, pipe in alive:
+        try:
+            while pipe.poll(max(0.0, deadline - time.monotonic())):
+                pipe.recv_bytes()  # an answer nobody waits for
+        except (EOFError, OSError):
+            pass  # it has ended
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # nobody left; macOS says PermissionError where all are zombies
+            pass
+        process.wait()
+        pipe.close()
+    workers[:] = [None] * len(workers)
+
+
+def shared_rows(memory, n_envs, info, create=False):
+    """The arrays that trainer and workers share, as views of the file `memory`: {name: (B, ...)}."""
+    B, (N, A, O, S, _) = n_envs, (info[key] for key in SIZES)
+    layout = {"actions": ((B, N), np.int64), "obs": ((B, N, O), np.float32), "state": ((B, S), np.float32),
+              "reward": ((B,), np.float32), "facts": ((B, len(FACTS)), np.float32), "avail": ((B, N, A), np.bool_),
+              "terminated": ((B,), np.bool_), "truncated": ((B,), np.bool_)}  # by falling item size: all aligned
+    nbytes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values()]
+    if create:
+        os.ftruncate(memory, sum(nbytes))
+    buffer = mmap.mmap(memory, sum(nbytes))
+    return {key: np.ndarray(shape, dtype, buffer, sum(nbytes[:i]))
+            for i, (key, (shape, dtype)) in enumerate(layout.items())}
+
+
+def work(spec):
+    """The life of a worker: answer "info", "reset" and "step" until the trainer ends it or is gone."""
+    global _inside_worker
+    _inside_worker = True
+    pipe = multiprocessing.connection.Connection(spec["pipe"])
+
+    def leave(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: the environment is being closed
+        raise SystemExit
+
+    def leave_when_alone():  # whatever became of the trainer, kill -9 too, its end of the pipe is closed
+        poll = select.poll()
+        poll.register(pipe.fileno(), 0)
+        poll.poll()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # interrupts what the environment waits for
+        time.sleep(GRACE)
+        os.killpg(os.getpid(), signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, leave)
+    threading.Thread(target=leave_when_alone, daemon=True).start()
+    torch.set_num_threads(1)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # for environments that draw from these
+        seed(spec["seed"])
+    env = None
+    try:
+        while True:
+            command = pipe.recv_bytes().decode()
+            try:
+                answer = "ok"
+                if env is None:
+                    env = single(spec["name"], spec["seed"], spec["arguments"])
+                    info = check(spec["name"], env)
+                    rows, steps = None, 0
+                if rows is None and command != "info":
+                    shared = shared_rows(spec["memory"], spec["n_envs"], info)
+                    rows = {key: row[spec["b"], ...] for key, row in shared.items()}  # ...: a view where row is (B,)
+                if command == "info":
+                    answer = "ok " + json.dumps(info)
+                elif command == "reset":
+                    env.reset()
+                    steps = 0
+                    rows["reward"][...], rows["terminated"][...], rows["truncated"][...] = 0, False, False
+                    rows["facts"][:] = np.nan
+                    look(spec["name"], env, info, rows)
+                else:
+                    steps += 1
+                    play(spec["name"], env, info, rows, steps)
+            except UsageError as error:
+                answer = "usage " + one_line(error)
+            except GameFailure as error:
+                answer = "void " + one_line(error)
+            except Exception as error:  # whatever it is, the user is to read it
+                at = traceback.extract_tb(error.__traceback__)[-1]
+                answer = (f"error {'start' if env is None else command}: {type(error).__name__}: {one_line(error)} "
+                          f"({os.path.basename(at.filename)}, line {at.lineno})")
+            pipe.send_bytes(answer.encode())
+    except (EOFError, OSError):
+        pass  # the trainer is gone
+    finally:
+        try:
+            if env is not None:
+                env.close()
+        except Exception as error:  # it must not keep this process from ending
+            print(f"{spec['name']}: environment {spec['b']} failed in close: {one_line(error)}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.killpg(os.getpid(), signal.SIGKILL)  # whatever the environment started and left, and this process with it
+
+
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+# What a single environment says is checked here, at the door, so that nothing wrong is learned further in.
+
+def check(name, env):
+    """Its methods and sizes -> info: SIZES, and perhaps a note for the user."""
+    for method in PROTOCOL:
+        if not callable(getattr(env, method, None)):
+            raise UsageError(f"{name}: the environment must have the methods {', '.join(PROTOCOL)}; "
+                             f"{type(env).__name__} has no {method}()")
+    info = env.get_env_info()
+    if not isinstance(info, dict):
+        raise UsageError(f"{name}: get_env_info() must give a dict with {', '.join(SIZES)}; got {info!r}")
+    for key in SIZES:
+        if key not in info:
+            raise UsageError(f"{name}: get_env_info() must give {', '.join(SIZES)}; {key} is missing")
+        if not isinstance(info[key], (int, np.integer)) or info[key] < 1:
+            raise UsageError(f"{name}: get_env_info()[{key!r}] must be a whole number above 0; got {info[key]!r}")
+    return dict({key: int(info[key]) for key in SIZES}, note=str(info.get("note", "")))
+
+
+def look(name, env, info, rows):
+    """Copy what the environment shows into its rows of the shared memory."""
+    N, A, O, S, _ = (info[key] for key in SIZES)
+    for key, method, shape, means in (("obs", "get_obs", (N, O), "n_agents, obs_shape"),
+                                      ("state", "get_state", (S,), "state_shape"),
+                                      ("avail", "get_avail_actions", (N, A), "n_agents, n_actions")):
+        given = getattr(env, method)()
+        try:
+            array = np.asarray(given, rows[key].dtype)
+        except (TypeError, ValueError):
+            raise UsageError(f"{name}: {method}() must give numbers of shape {shape} = ({means}); "
+                             f"got a {type(given).__name__} that is no such array") from None
+        if array.shape != shape:
+            raise UsageError(f"{name}: {method}() must have shape {shape} = ({means}), got {array.shape}")
+        if not np.isfinite(array).all():
+            raise UsageError(f"{name}: {method}() must be finite, got nan or inf")
+        rows[key][:] = array
+    if not rows["avail"].any(1).all():
+        raise UsageError(f"{name}: get_avail_actions() must leave each agent one action at least, also when it is dead "
+                         f"or the episode over; agent {int(rows['avail'].any(1).argmin())} has none")
+
+
+def play(name, env, info, rows, steps):
+    """One step with the actions in the rows; the result goes into the rows."""
+    result = env.step(rows["actions"].tolist())  # a list: smac writes its heuristic's actions into it
+    if not isinstance(result, tuple) or len(result) != 3:
+        raise UsageError(f"{name}: step() must give (reward, terminated, info); got a {type(result).__name__}"
+                         + (f" of {len(result)}" if isinstance(result, (tuple, list)) else ""))
+    reward, terminated, said = result
+    if np.ndim(reward) != 0 or not math.isfinite(reward):
+        raise UsageError(f"{name}: step() must give one finite reward for the team; got {one_line(reward)}")
+    if not isinstance(terminated, (bool, np.bool_, int)):  # a list of dones would be true even if all were False
+        raise UsageError(f"{name}: step() must give one terminated, True or False; got {one_line(terminated)}")
+    if not isinstance(said, dict):
+        raise UsageError(f"{name}: step() must give a dict as info; got {one_line(said)}")
+    limit = bool(said.get("episode_limit")) or not terminated and steps >= info["episode_limit"]
+    rows["reward"][...] = reward
+    rows["terminated"][...], rows["truncated"][...] = bool(terminated) and not limit, limit
+    rows["facts"][:] = [said.get(key, math.nan) for key in FACTS]
+    look(name, env, info, rows)
+
+
+# ------------------------------------------------------------------------------------------------- single environments
+
+def single(name, seed, arguments):
+    """One environment with PyMARL's interface, made in the worker, by its name."""
+    kind, _, which = name.partition(":")
+    if kind == "smac":
+        return Smac(which, seed, arguments)
+    if kind == "ma_gym":
+        return MaGym(which, seed, arguments)
+    sys.path.insert(0, os.getcwd())  # only now: there may be another file of this one's name
+    try:
+        module = importlib.import_module(kind)
+    except ModuleNotFoundError as error:
+        if error.name != kind:
+            raise
+        raise UsageError(f"{name}: there is no module {kind} in {os.getcwd()} or on Python's path") from None
+    made = getattr(module, which, None)
+    if not callable(made):
+        raise UsageError(f"{name}: the module {kind} must have a class {which}; it has "
+                         f"{', '.join(key for key, value in vars(module).items() if inspect.isclass(value)) or 'none'}")
+    arguments = fit_arguments(name, made, arguments)
+    accepts = inspect.signature(made).parameters
+    if "seed" in accepts or any(p.kind == p.VAR_KEYWORD for p in accepts.values()):
+        arguments["seed"] = seed
+    return made(**arguments)
+
+
+def fit_arguments(name, function, arguments):
+    """Arguments as typed, {key: text}, as `function` takes them: text where its default is text, else as it reads."""
+    parameters, fitted = dict(inspect.signature(function).parameters), {}
+    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    names = sorted(key for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    for key, value in arguments.items():
+        if key not in names and not anything:
+            raise UsageError(f"{name}: it has no argument {key}; it has {', '.join(names) or 'none'}")
+        default = parameters[key].default if key in names else None
+        if isinstance(value, str) and not isinstance(default, str):
+            try:
+                value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+            except (ValueError, SyntaxError):
+                pass  # it is text
+        fitted[key] = str(value) if isinstance(default, str) else value
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise UsageError(f"{name}: {key} must be true or false; got {value}")
+        if type(default) in (int, float) and type(value) not in (int, float):
+            raise UsageError(f"{name}: {key} must be a number; got {value}")
+    return fitted
+
+
+class Smac:
+    """smac's StarCraft2Env; whatever the game does wrong is raised as GameFailure, which ends this object's life."""
+
+    def __init__(self, map_name, seed, arguments):
+        name, arguments = f"smac:{map_name}", dict(arguments)
+        install = "make install-smac, or: pip install git+https://github.com/oxwhirl/smac.git@d6aab33"
+        found = importlib.util.find_spec("smac")
+        if found is None:
+            raise UsageError(f"{name}: smac is not installed: {install}")
+        if not any((Path(p) / "env" / "starcraft2").is_dir() for p in found.submodule_search_locations or []):
+            raise UsageError(f"{name}: the smac installed here is not StarCraft's (PyPI's is AutoML's optimiser): "
+                             f"pip uninstall smac, then {install}")
+        try:
+            from absl import flags
+            from smac.env import StarCraft2Env
+            from smac.env.starcraft2.maps import smac_maps
+        except Exception as error:  # what protobuf raises has changed with its versions
+            version = importlib.metadata.version("protobuf")
+            if int(version.split(".")[0]) < 4:
+                raise
+            raise UsageError(f"{name}: smac needs protobuf 3.20.3, got {version}: pip install protobuf==3.20.3 "
+                             f"({type(error).__name__}: {one_line(error)[:60]})") from None
+        maps = smac_maps.get_smac_map_registry()
+        if map_name not in maps:
+            why = "5m is not in smac's release, but skirmish:5m has it" if map_name == "5m" else "no such map"
+            raise UsageError(f"{name}: {why}; smac has {', '.join(sorted(maps))}")
+        where = os.environ.get("SC2PATH", "~/StarCraftII")
+        game = Path(where).expanduser()
+        if not where or not game.is_dir():
+            raise UsageError(f"{name}: SC2PATH must be the folder of StarCraft II, "
+                             f"{'is ' + repr(where) if 'SC2PATH' in os.environ else 'is not set'}: no such folder")
+        if not any(game.glob("Versions/Base*")):
+            raise UsageError(f"{name}: SC2PATH={where} holds no game: expected Versions/Base*/ in it")
+        if not (game / "Maps" / "SMAC_Maps" / f"{map_name}.SC2Map").is_file():
+            raise UsageError(f"{name}: the map file is missing: expected {map_name}.SC2Map in {where}/Maps/SMAC_Maps "
+                             "(from smac's SMAC_Maps.zip)")
+        # pysc2 waits 360 seconds for a game that hangs or does not start; ours to set
+        flags.FLAGS.sc2_timeout = int(arguments.pop("sc2_timeout", 60))
+        version = arguments.pop("game_version", None)  # 4.10 is text, not 4.1
+        arguments = fit_arguments(name, StarCraft2Env, arguments)
+        if version is not None:
+            arguments["game_version"] = str(version)
+        if arguments.get("replay_dir"):  # pysc2 would look for it in $SC2PATH/Replays, and make it in a race
+            arguments["replay_dir"] = os.path.abspath(arguments["replay_dir"])
+            os.makedirs(arguments["replay_dir"], exist_ok=True)
+            arguments.setdefault("replay_prefix", f"{map_name}_{seed}_")  # pysc2 adds the second: workers would collide
+        self.env = StarCraft2Env(map_name=map_name, seed=seed, **arguments)
+        self.help = f"check the game and the maps under SC2PATH={where}, and the game's version"
+        self.replay, self.episodes, self.began = bool(arguments.get("replay_dir")), 0, False
+        self.get_obs, self.get_state, self.get_env_info = self.env.get_obs, self.env.get_state, self.env.get_env_info
+        self.get_avail_actions = self.env.get_avail_actions
+
+    def reset(self):
+        if self.began and self.episodes == 0:  # subtle: smac would add to max_reward and so shrink all later rewards
+            raise GameFailure("reset before the first episode had ended, which smac cannot do")
+        before = self.env.force_restarts
+        try:
+            self.env.reset()
+        except Exception as error:  # a game that dies shows in many ways; their number in a row is bounded
+            raise GameFailure(f"reset: {type(error).__name__}: {one_line(error)}; {self.help}") from None
+        self.began = True
+        if self.env.force_restarts != before or not all(unit.health > 0 for unit in self.env.agents.values()):
+            raise GameFailure("reset: the game crashed and was started again, without units")
+
+    def step(self, actions):
+        try:
+            reward, terminated, info = self.env.step(actions)
+        except AssertionError:
+            raise  # an unavailable action: our mistake, not the game's
+        except Exception as error:
+            raise GameFailure(f"step: {type(error).__name__}: {one_line(error)}") from None
+        if terminated and not info:  # smac's (0, True, {}), with stale observations
+            raise GameFailure("step: the game crashed and smac started it again")
+        self.episodes += bool(terminated)
+        return reward, terminated, info
+
+    def close(self):
+        try:
+            if self.replay and self.episodes:
+                self.env.save_replay()  # one file holds all episodes of this game
+        finally:
+            self.env.close()
+
+
+class MaGym:
+    """Any registered ma-gym environment; team reward = sum, the episode ends when all agents are done."""
+
+    def __init__(self, which, seed, arguments):
+        name, arguments = f"ma_gym:{which}", dict(arguments)
+        try:
+            import gym
+            import ma_gym  # noqa: F401  (importing it registers its environments)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"{name}: {error.name} is not installed: `make install` adds ma-gym, "
+                             f"on Python 3.10 and 3.11 alone; this is {sys.version.split()[0]}") from None
+        specs = {spec.id: spec for spec in gym.envs.registry.all() if "ma_gym" in str(spec.entry_point)}
+        if which not in specs:
+            raise UsageError(f"{name}: no such environment; ma-gym has {', '.join(sorted(specs))}")
+        gym.logger.set_level(gym.logger.ERROR)  # it warns of its own spaces at each start
+        limit = arguments.pop("episode_limit", None)
+        entry = specs[which].entry_point
+        entry = gym.envs.registration.load(entry) if isinstance(entry, str) else entry
+        self.env = gym.make(which, **fit_arguments(name, entry, arguments))
+        self.env.seed(seed)
+        # Who cuts the episode: the environment itself (_max_steps) or gym's TimeLimit around it (_max_episode_steps)
+        self.owner, self.steps = self.env, 0
+        while not {"_max_steps", "_max_episode_steps"} & vars(self.owner).keys() and "env" in vars(self.owner):
+            self.owner = self.owner.env
+        own = vars(self.owner).get("_max_steps") or vars(self.owner).get("_max_episode_steps")
+        if not (limit or own):
+            raise UsageError(f"{name}: it has no time limit of its own: give one with --env-args episode_limit=300")
+        self.limit = min(int(limit or own), own or math.inf)
+        if "_max_episode_steps" in vars(self.owner):
+            self.owner._max_episode_steps = math.inf  # step() below cuts instead
+        if hasattr(self.env, "get_state") and not hasattr(np, "float"):
+            np.float = float  # Combat's get_state() was written for NumPy before 1.24; this process alone sees it
+        self.actions = [space.n for space in self.env.action_space]
+        self.obs = self.env.reset()
+
+    def get_env_info(self):
+        own = hasattr(self.env, "get_state")
+        note = ("the state is what the environment gives as its state" if own else
+                "the environment offers no state: the state is the agents' observations, joined")
+        return {"n_agents": self.env.n_agents, "n_actions": max(self.actions), "obs_shape": self.get_obs().shape[1],
+                "state_shape": len(self.get_state()), "episode_limit": self.limit, "note": note}
+
+    def reset(self):
+        self.obs, self.steps = self.env.reset(), 0
+
+    def step(self, actions):
+        self.steps += 1
+        last = self.steps >= self.limit
+        if last and "_max_steps" in vars(self.owner):
+            # subtle: at its limit ma-gym marks everybody done, a real end in that very step too; without the limit
+            # only a real end does. The clock in the observation needs the limit, so they are made again with it.
+            kept, self.owner._max_steps = self.owner._max_steps, math.inf
+            self.obs, rewards, dones, _ = self.env.step(actions)
+            self.owner._max_steps = kept
+            self.obs = self.env.get_agent_obs()
+        else:
+            self.obs, rewards, dones, _ = self.env.step(actions)
+        done = all(list(dones))
+        return float(sum(rewards)), done or last, {"episode_limit": True} if last and not done else {}
+
+    def get_obs(self):
+        return np.asarray([np.ravel(obs) for obs in self.obs], np.float32)  # (N, O)
+
+    def get_state(self):
+        return np.ravel(self.env.get_state()) if hasattr(self.env, "get_state") else self.get_obs().ravel()  # (S)
+
+    def get_avail_actions(self):
+        return [[a < n for a in range(max(self.actions))] for n in self.actions]
+
+    def close(self):
+        self.env.close()
+
+
+def make(name: str, n_envs: int = 32, device: str | torch.device = "cpu", seed: int = 0, arguments: dict | None = None):
+    """The environment called `name`, or UsageError with the names there are.
+
+    arguments: what a smac, ma_gym or own environment takes, {key: value or its text}; the batched ones take none.
+    """
+    kind, colon, rest = name.partition(":")
+    if colon and kind != "skirmish":
+        return Workers(name, n_envs, device, seed, arguments)
+    if arguments:
+        raise UsageError(f"{name} takes no --env-args, got {', '.join(arguments)}")
+    if kind == "skirmish":
+        return Skirmish(rest, n_envs, device, seed)
     if name == "two-step":
         return TwoStep(n_envs, device, seed)
     if name in ("checkers", "checkers-v0", "checkers-v1", "checkers-v2", "checkers-v3"):
         return Checkers(int(name[-1]) if name[-1].isdigit() else 0, n_envs, device, seed)
-    if name.startswith("skirmish:"):
-        return Skirmish(name.removeprefix("skirmish:"), n_envs, device, seed)
-    raise UsageError(f"unknown environment {name!r}; there are two-step, checkers, checkers-v1 .. -v3, and "
-                     f"skirmish:MAP with MAP out of {', '.join(SKIRMISHES)}")
+    raise UsageError(f"unknown environment {name!r}; there are two-step, checkers, checkers-v1 .. -v3, skirmish:MAP, "
+                     "smac:MAP, ma_gym:ID and module:Class")

@@ -58,6 +58,8 @@ PRESETS = {
                      test_interval_steps=1000, threads=1),
     "checkers": dict(total_steps=600_000, num_envs=16, buffer_size=4000, optimizer="adam", lr=1e-3, reward_scale=0.1,
                      episodes_per_update=2.0, target_update_episodes=40, test_episodes=1, test_interval_steps=5000),
+    "skirmish": dict(total_steps=500_000, num_envs=64, episodes_per_update=4.0, test_episodes=64,
+                     test_interval_steps=20_000),
 }
 
 
@@ -69,7 +71,9 @@ class Config:
     """
 
     env: str = "checkers"
-    """two-step, checkers, checkers-v1, checkers-v2 or checkers-v3"""
+    """two-step, checkers, checkers-v1 .. -v3, skirmish:MAP, smac:MAP, ma_gym:ID, or module:Class (your own)"""
+    env_args: tuple[str, ...] = ()
+    """key=value ...: arguments of a smac, ma_gym or own environment, such as difficulty=7"""
     algo: str = "qmix"
     """iql, vdn, qmix; ablations vdn-s, qmix-lin, qmix-ns; without learning: random, heuristic"""
     seed: int = 1
@@ -87,7 +91,7 @@ class Config:
     lr: float = 5e-4
     """learning rate"""
     lr_anneal: bool = False
-    """let the learning rate fall to a tenth, linearly over the run"""
+    """let the learning rate fall to a tenth over the last third of the run"""
     threads: int = 0
     """CPU threads; 0: as many as torch takes by itself"""
     optimizer: str = "rmsprop"
@@ -104,6 +108,8 @@ class Config:
     """new episodes per gradient step, however many environments play"""
     target_update_episodes: int = 200
     """new episodes between copies of the networks into their targets"""
+    target_tau: float = 0.0
+    """above 0: instead of copies, the target moves by this share towards the live networks after each update"""
     epsilon_start: float = 1.0
     """share of random actions at the start"""
     epsilon_finish: float = 0.05
@@ -136,7 +142,7 @@ class Config:
         env = given.get("env", known["env"])
         preset = next((p for name, p in PRESETS.items() if str(env).startswith(name)), {})
         for name, value in (known | preset | given).items():
-            setattr(self, name, value)
+            setattr(self, name, tuple(value) if name == "env_args" else value)
 
     def check(self) -> Config:
         """Return self, or raise UsageError with what was expected and what came."""
@@ -145,14 +151,15 @@ class Config:
             seed=(0, 2**63 - 1), threads=(0, 4096), total_steps=(1, 10**12), num_envs=(1, 10**6), gamma=(0, 1),
             lr=(1e-12, 10), checkpoint_seconds=(0, 1e6),
             batch_size=(1, 10**6), buffer_size=(1, 10**8), episodes_per_update=(1e-3, 1e6),
-            target_update_episodes=(1, 10**9), epsilon_start=(0, 1), epsilon_finish=(0, 1),
+            target_update_episodes=(1, 10**9), target_tau=(0, 1), epsilon_start=(0, 1), epsilon_finish=(0, 1),
             epsilon_anneal_steps=(1, 10**12), td_lambda=(0, 1), reward_scale=(1e-9, 1e9), grad_clip=(1e-9, 1e9),
             hidden_dim=(1, 10**5), mixing_dim=(1, 10**5), hypernet_dim=(0, 10**5), test_interval_steps=(1, 10**12),
             test_episodes=(1, 10**6))
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             flag = "--" + name.replace("_", "-")
-            kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}[field.type]
+            kinds = {"int": int, "float": (int, float), "bool": bool, "str": str,
+                     "tuple[str, ...]": tuple}[field.type]
             if not isinstance(value, kinds) or (isinstance(value, bool) and field.type != "bool"):
                 raise UsageError(f"{flag} must be of type {field.type}, not {value!r}")
             if name in choices and value not in choices[name]:
@@ -499,11 +506,21 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     return mean((q_tot - target) ** 2), {"q_taken": mean(q_tot.detach()), "target": mean(target)}
 
 
+def greedy_episodes(env, choose, n: int) -> dict[str, Tensor]:
+    """Facts (see `rollout`) and lengths of n episodes, each (n,) float32."""
+    rounds, found = [], 0
+    while found < n:
+        _, lengths, facts = rollout(env, choose)
+        rounds.append(facts | {"length": lengths})
+        found += len(lengths)
+    return {name: torch.cat([facts[name].float() for facts in rounds])[:n] for name in rounds[-1]}
+
+
 # --------------------------------------------------------------------------------------------------------------- a run
 
 COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_return", "test_return", "test_return_std",
            "test_win_rate", "loss", "grad_norm", "q_taken", "target", "env_steps_per_second", "share_env", "share_act",
-           "share_learn")
+           "share_learn", "dead_allies", "dead_enemies", "voided")
 
 
 class TrainingFailed(RuntimeError):
@@ -555,6 +572,18 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name} cannot be used: {first_line(error)}") from None
 
 
+def make_env(cfg: Config, n_envs: int, device: torch.device, **more):
+    """The environment of cfg; `more`: further arguments for it."""
+    pairs = [text.partition("=") for text in cfg.env_args]
+    for key, equals, _ in pairs:
+        if not (key and equals):
+            raise UsageError(f"--env-args takes key=value, not {key!r}")
+    arguments = {key: value for key, _, value in pairs} | more
+    if cfg.algo == "heuristic" and cfg.env.startswith("smac:"):
+        arguments["heuristic_ai"] = "true"
+    return envs.make(cfg.env, n_envs, device, cfg.seed, arguments)
+
+
 class Run:
     """All that a run consists of; `state_dict` is what outlives a stop. Each part moves on by counters alone, so a run
     that is stopped anywhere between two of them and resumed does the same as one that never stopped."""
@@ -562,7 +591,7 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, pick_device(cfg.device)
         self.learns = cfg.algo in MIXERS
-        self.env = envs.make(cfg.env, n_envs=cfg.num_envs, device=self.device, seed=cfg.seed)
+        self.env = make_env(cfg, cfg.num_envs, self.device)
         if cfg.algo == "heuristic" and not hasattr(self.env, "heuristic"):
             raise UsageError(f"--algo heuristic: {cfg.env} has none")
         if cfg.threads:
@@ -627,7 +656,8 @@ class Run:
         cfg, stats = self.cfg, []
         if cfg.lr_anneal:
             for group in self.optimizer.param_groups:
-                group["lr"] = cfg.lr * (1 - 0.9 * min(1.0, self.counts["env_steps"] / cfg.total_steps))
+                done = 3 * self.counts["env_steps"] / cfg.total_steps - 2  # 0 .. 1 over the last third
+                group["lr"] = cfg.lr * (1 - 0.9 * min(max(done, 0.0), 1.0))
         for _ in range(updates):
             batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
             batch["reward"] = batch["reward"] * cfg.reward_scale
@@ -636,10 +666,8 @@ class Run:
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(self.team.parameters(), cfg.grad_clip)
             self.optimizer.step()
-            before = int(self.counts["updates"] * cfg.episodes_per_update / cfg.target_update_episodes)
             self.counts["updates"] += 1
-            if int(self.counts["updates"] * cfg.episodes_per_update / cfg.target_update_episodes) > before:
-                self.target_team.load_state_dict(self.team.state_dict())  # another target_update_episodes were learned
+            self.update_target()
             stats.append(torch.stack([loss.detach(), grad_norm, means["q_taken"], means["target"]]))
         stats = torch.stack(stats).tolist()  # the round's one wait for the device
         for i, row in enumerate(stats):
@@ -649,22 +677,31 @@ class Run:
                                      f"{row[1]}); the last checkpoint is kept")
         self.stats += stats
 
+    @torch.no_grad()
+    def update_target(self) -> None:
+        """After each update: a copy if another target_update_episodes have been learned from, or a small step."""
+        cfg, updates = self.cfg, self.counts["updates"]
+        if cfg.target_tau > 0:
+            for target, live in zip(self.target_team.parameters(), self.team.parameters()):
+                target.lerp_(live, cfg.target_tau)
+        else:
+            copies = [int(n * cfg.episodes_per_update / cfg.target_update_episodes) for n in (updates - 1, updates)]
+            if copies[1] > copies[0]:
+                self.target_team.load_state_dict(self.team.state_dict())
+
     def test(self) -> dict:
         """Greedy episodes; returns a row of metrics.csv."""
-        returns, wins = torch.zeros(0), torch.zeros(0)
-        while len(returns) < self.cfg.test_episodes:
-            _, _, facts = rollout(self.env, self.policy(epsilon=0.0))
-            returns = torch.cat([returns, facts["return"]])
-            wins = torch.cat([wins, facts["battle_won"].float()]) if "battle_won" in facts else wins
-        returns, wins = returns[:self.cfg.test_episodes], wins[:self.cfg.test_episodes]
+        facts = greedy_episodes(self.env, self.policy(epsilon=0.0), self.cfg.test_episodes)
+        mean = {name: values.mean().item() for name, values in facts.items()}
         now, last = self.seconds_now(), self.rows[-1] if self.rows else dict(env_steps=0, seconds=0.0)
         steps, seconds = self.counts["env_steps"], max(now - last["seconds"], 1e-9)
         means = np.mean(self.stats, axis=0).tolist() if self.stats else [None] * 4
         row = dict(zip(COLUMNS, (
             steps, self.counts["episodes"], self.counts["updates"], now, self.cfg.epsilon(steps),
-            np.mean(self.returns).item() if self.returns else None, returns.mean().item(),
-            returns.std(correction=0).item(), wins.mean().item() if len(wins) else None, *means,
-            (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()))))
+            np.mean(self.returns).item() if self.returns else None, mean["return"],
+            facts["return"].std(correction=0).item(), mean.get("battle_won"), *means,
+            (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()),
+            mean.get("dead_allies"), mean.get("dead_enemies"), getattr(self.env, "voided", 0))))
         self.rows.append(row)
         self.counts["tests"] = 1 + steps // self.cfg.test_interval_steps
         self.returns, self.stats, self.clock = [], [], Clock()
@@ -828,7 +865,11 @@ def go_on(run: Run, out: Path, stop: StopRequest, report: Report) -> None:
         elif run.finished():
             break
         else:
-            run.play()
+            try:
+                run.play()
+            except envs.EnvFailure:
+                write_checkpoint(out / "checkpoint.pt", run.state_dict())
+                raise
             report.update()
         if stop.signal or time.perf_counter() - saved_at > max(run.cfg.checkpoint_seconds, 30 * save_cost):
             saved_at = time.perf_counter()
@@ -904,36 +945,30 @@ def load(path: str) -> Policy:
     return Policy(agent, cfg)
 
 
-def evaluate(path: str, env_name: str = "", episodes: int = 32, record_to: str = "", seed: int = 1) -> dict:
-    """Greedy episodes of the decentralised policy alone. env_name: another environment of the same sizes."""
+def evaluate(path: str, episodes: int = 32, record_to: str = "", cfg: Config | None = None) -> dict:
+    """Greedy episodes of the decentralised policy alone. cfg: where to play, unless as in training (same sizes)."""
     policy = load(path)
-    cfg = policy.config
+    cfg = cfg or policy.config
     if episodes < 1:
         raise UsageError(f"--episodes must be at least 1, not {episodes}")
-    if record_to and not record_to.endswith(".gif"):
-        raise UsageError(f"--record must name a .gif file, not {record_to!r}")
-    name = env_name or cfg.env
-    n_envs = min(episodes, cfg.num_envs)
-    env = envs.make(name, n_envs=n_envs, device="cpu", seed=seed)
-    sizes = {size: (getattr(env, size), getattr(policy.agent, size)) for size in ("obs_dim", "n_actions", "n_agents")}
-    for size, (here, there) in sizes.items():
-        if here != there:
-            raise UsageError(f"{name} has {size} {here}, but the policy was trained with {there}")
-    returns, wins, lengths = [], [], []
+    replays = {"replay_dir": record_to} if record_to and cfg.env.startswith("smac:") else {}
+    if record_to and not replays and not record_to.endswith(".gif"):
+        raise UsageError(f"--record must name a .gif file (for smac: a folder for replays), not {record_to!r}")
+    env = make_env(cfg, min(episodes, cfg.num_envs), torch.device("cpu"), **replays)
     try:
-        while len(returns) < episodes:
-            _, length, facts = rollout(env, lambda step, hidden: policy.act(step.obs, step.avail, hidden))
-            returns += facts["return"].tolist()
-            lengths += length.tolist()
-            wins += facts["battle_won"].float().tolist() if "battle_won" in facts else []
-        if record_to:
+        for size in ("obs_dim", "n_actions", "n_agents"):
+            if getattr(env, size) != getattr(policy.agent, size):
+                raise UsageError(f"{cfg.env} has {size} {getattr(env, size)}, but the policy was trained with "
+                                 f"{getattr(policy.agent, size)}")
+        facts = greedy_episodes(env, lambda step, hidden: policy.act(step.obs, step.avail, hidden), episodes)
+        if record_to and not replays:
             record(env, policy, Path(record_to))
     finally:
         env.close()
-    returns, wins, lengths = returns[:episodes], wins[:episodes], lengths[:episodes]
-    return dict(env=name, algo=cfg.algo, episodes=episodes, test_return=float(np.mean(returns)),
-                test_return_std=float(np.std(returns)), test_win_rate=float(np.mean(wins)) if wins else None,
-                mean_length=float(np.mean(lengths)), best_known=getattr(env, "best_return", None), out=str(path))
+    mean = {name: values.mean().item() for name, values in facts.items()}
+    return dict(env=cfg.env, algo=cfg.algo, episodes=episodes, test_return=mean["return"],
+                test_return_std=facts["return"].std(correction=0).item(), test_win_rate=mean.get("battle_won"),
+                mean_length=mean["length"], best_known=getattr(env, "best_return", None), out=str(path))
 
 
 def record(env, policy: Policy, path: Path, fps: int = 6) -> None:
@@ -990,11 +1025,12 @@ class Command:
     resume: str = ""
     """run directory to go on with, exactly where it stopped (beside it: --total-steps, --device)"""
     evaluate: str = ""
-    """run directory or checkpoint file: play greedy, decentralised episodes (beside it: --env, --seed)"""
+    """run directory or checkpoint file: play greedy, decentralised episodes (beside it: --env, --env-args,
+    --seed)"""
     episodes: int = 32
     """episodes of --evaluate"""
     record: str = ""
-    """with --evaluate: draw one episode into this .gif"""
+    """with --evaluate: draw one episode into this .gif; for smac: keep replays in this folder"""
 
 
 def parse(arguments: list[str]) -> Command:
@@ -1026,11 +1062,13 @@ def parse(arguments: list[str]) -> Command:
     if not (first.resume or first.evaluate):
         return cli(Config(env=first.config.env))
     saved = read_config(first.resume) if first.resume else load(first.evaluate).config
-    command, allowed = cli(saved), ("total_steps", "device") if first.resume else ("env", "seed")
+    command = cli(saved)
+    mode, allowed = (("--resume", ("total_steps", "device")) if first.resume else
+                     ("--evaluate", ("env", "env_args", "seed")))
     for name, value in dataclasses.asdict(saved).items():
         if getattr(command.config, name) != value and name not in allowed:
-            raise UsageError(f"--{name.replace('_', '-')} cannot be changed here; beside --resume and --evaluate only "
-                             + " and ".join("--" + name.replace("_", "-") for name in allowed))
+            flags = ["--" + name.replace("_", "-") for name in (name, *allowed)]
+            raise UsageError(f"{flags[0]} cannot be changed by {mode}; what can: {', '.join(flags[1:])}")
     return command
 
 
@@ -1039,8 +1077,7 @@ def main(arguments: list[str]) -> int:
     try:
         command = parse(arguments)
         if command.evaluate:
-            cfg = command.config
-            facts = evaluate(command.evaluate, cfg.env, command.episodes, command.record, cfg.seed)
+            facts = evaluate(command.evaluate, command.episodes, command.record, command.config)
         else:
             print("config: " + json.dumps(dataclasses.asdict(command.config)))
             facts = train(command.config, resume=bool(command.resume))

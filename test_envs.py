@@ -511,6 +511,7 @@ def test_moves_and_the_borders_of_the_map(action, axis, sign):
     for step in range(1, 20):
         place = float(getattr(env, axis)[0, 0])
         assert place == pytest.approx(16 + sign * min((step - 1) * 8 * 3.15 / 22.4, abs(border - 16)), abs=2e-3)
+        assert 2 <= env.x[0, 0] < 30 and 7 <= env.y[0, 0] < 25
         free = place + 1 < border if sign > 0 else place - 1 >= border
         assert bool(env.available()[0, 0, action]) == free
         env.step(torch.tensor([[action, 0, 0]]))
@@ -545,6 +546,11 @@ def test_units_do_not_overlap_but_the_dead_make_way():
     env.x[:, 1:3], env.y[:, 1:3] = 16.1, 16.1  # two corpses
     env.step(torch.tensor([[STOP, 0, 0]]))
     assert (env.x[0, 0], env.y[0, 0]) == (16, 16)
+    env = arena("2s3z", {2: (16, 16), 3: (16.8, 16), 4: (16, 16.7)})  # zealots: only the last two are too close
+    fell = env.x[0, 5:].clone()
+    env.step(torch.tensor([[0, 0, STOP, STOP, STOP]]))
+    assert env.x[0, 3] == torch.tensor(16.8) and env.y[0, 4] - env.y[0, 2] == pytest.approx(0.75, abs=1e-2)
+    assert torch.equal(env.x[0, 5:], fell)  # the dead stay where they fell
     env = arena("3m", {0: (29.999, 24.999), 1: (29.999, 24.999), 3: (4, 8)})  # two on one spot in a corner
     for _ in range(5):
         env.step(torch.tensor([[STOP, STOP, 0]]))
@@ -608,7 +614,17 @@ def test_battles_repeat_with_the_seed_and_only_with_it():
     assert torch.equal(one, battle(second)) and not torch.equal(one, battle(other))
     assert not torch.equal(one, battle(first))
     first.generator.manual_seed(1)
-    assert torch.equal(one, battle(first))
+    first.reset()
+    fresh = Skirmish("2s3z", 4, seed=1)
+    fresh.reset()
+    facts = [name for name, fact in vars(fresh).items() if isinstance(fact, torch.Tensor)]
+    assert {"x", "calm", "target", "last_actions"} < set(facts)
+    assert all(torch.equal(getattr(first, name), getattr(fresh, name)) for name in facts)
+    assert (first.x[:, 0] < first.x[:, 1]).all() and (first.x[:, 2:5].diff(dim=1) > 0).all()
+    env = Skirmish("1c3s5z", 1)  # its colossus starts beside two stalkers, here in front of them, and stays agent 0
+    env.noise = lambda: torch.tensor([[0.9] + 17 * [0.5]])
+    env.reset()
+    assert env.x[0, 0] == env.start_x[0] + 0.4
 
 
 @pytest.mark.parametrize("map_name", ["5m_vs_6m", "1c3s5z"])
@@ -674,7 +690,7 @@ def test_the_heuristic_attacks_the_closest_until_it_dies():
     assert actions.tolist() == [[ATTACK, ATTACK, 0]]
     env.last_actions.copy_(torch.tensor([[ATTACK + 1, ATTACK + 2, 0]]))
     assert env.heuristic().tolist() == [[ATTACK + 1, ATTACK, 0]]
-    env.health[0, 4], env.x[0, 0], env.y[0, 1], env.x[0, 1] = 0, 7.5, 24.5, 14
+    env.health[0, 4], env.x[0, 4], env.x[0, 0], env.y[0, 1], env.x[0, 1] = 0, 7, 7.5, 24.5, 14
     assert env.heuristic().tolist() == [[EAST, SOUTH, 0]]
     env = Skirmish("2s3z", 16)
     step = env.reset()

@@ -489,9 +489,10 @@ def test_lr_anneal_and_reward_scale_reach_the_learner(tmp_path):
     """Catches: an option that nothing reads."""
     run = qmix.Run(tiny(tmp_path, lr=1e-3, lr_anneal=True, reward_scale=0.0 + 1e-3))
     run.play()
-    run.counts["env_steps"] = 2000
-    run.learn(1)
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.55)
+    for env_steps, lr in ((4000 * 5 // 6, 0.55e-3), (2000, 1e-3)):
+        run.counts["env_steps"] = env_steps
+        run.learn(1)
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-3)
     big = qmix.Run(tiny(tmp_path, lr=1e-3, reward_scale=1.0))
     big.play()
     big.learn(1)
@@ -526,13 +527,24 @@ def test_two_step_game_comes_out_as_in_the_paper(tmp_path, algo, capsys):
             np.testing.assert_allclose(facts["q_tot"][state], rows, atol=0.1)
 
 
-@pytest.mark.parametrize("env", ["two-step", "checkers", "checkers-v1", "checkers-v2", "checkers-v3"])
-@pytest.mark.parametrize("algo", [*LEARNERS, "random"])
+BUILT_IN = ["two-step", "checkers", "checkers-v1", "checkers-v2", "checkers-v3",
+            *(f"skirmish:{name}" for name in envs.SKIRMISHES)]
+
+
+@pytest.mark.parametrize("algo, env", [
+    *itertools.product([*LEARNERS, "random", "heuristic"], ["two-step", "checkers", "skirmish:2s3z"]),
+    *(("qmix", env) for env in BUILT_IN if env not in ("two-step", "checkers", "skirmish:2s3z"))])
 def test_smoke(tmp_path, algo, env):
     """Catches: a smoke run that never updates; every algorithm on every built-in environment."""
-    facts = qmix.train(tiny(tmp_path, env=env, algo=algo, total_steps=500, test_interval_steps=500))
-    assert facts["env_steps"] >= 500 and math.isfinite(facts["test_return"])
-    assert facts["updates"] == 0 if algo == "random" else facts["updates"] >= 1
+    cfg = tiny(tmp_path, env=env, algo=algo, total_steps=300, test_interval_steps=300, test_episodes=1,
+               episodes_per_update=4.0)
+    if algo == "heuristic" and not env.startswith("skirmish"):
+        with pytest.raises(UsageError, match="heuristic"):
+            qmix.train(cfg)
+        return
+    facts = qmix.train(cfg)
+    assert facts["env_steps"] >= 300 and math.isfinite(facts["test_return"])
+    assert facts["updates"] == 0 if algo in ("random", "heuristic") else facts["updates"] >= 1
 
 
 # ------------------------------------------------------------------------------------------- bad input, evaluation, use
@@ -649,3 +661,55 @@ def test_presets_and_explicit_values():
     assert qmix.parse(["--env", "two-step"]).config.buffer_size == 500
     with pytest.raises(UsageError, match="unknown setting"):
         qmix.Config(batchsize=3)
+
+
+# ------------------------------------------------------------------------------------------------- the reader's own
+
+
+def readme_block(word):
+    """The first Python block of README.md that contains `word`."""
+    blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+    return next(block.split("```")[0] for block in blocks if word in block)
+
+
+def test_readme_own_environment_runs_as_printed(tmp_path, monkeypatch, capfd):
+    """Catches: an example that does not run, --env-args that do not arrive, voided or lost columns."""
+    (tmp_path / "mygame.py").write_text(readme_block("class Meet"))
+    monkeypatch.chdir(tmp_path)
+    code = qmix.main("--env mygame:Meet --env-args size=3 --num-envs 2 --total-steps 60 --batch-size 4 --buffer-size 8 "
+                     "--test-episodes 2 --test-interval-steps 60 --out run --device cpu".split())
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    facts = json.loads(out.splitlines()[-1].removeprefix("result: "))
+    assert facts["updates"] > 0 and metrics("run")[-1][-1] == "0"
+    assert qmix.main(["--evaluate", "run", "--episodes", "2", "--env-args", "size=2"]) == 0
+    assert qmix.main(["--env", "mygame:Meet", "--env-args", "size", "--out", "other"]) == 2
+    assert "key=value" in capfd.readouterr().err
+
+
+def test_readme_python_lines_run(tmp_path, monkeypatch):
+    """Catches: README lines for other projects that have drifted from the code."""
+    monkeypatch.chdir(tmp_path)
+    step = envs.make("checkers", n_envs=1).reset()
+    scope = {"obs": step.obs[0], "avail": step.avail[0]}
+    exec(readme_block("qmix.load").replace("total_steps=50_000", "total_steps=200"), scope)
+    assert scope["actions"].shape == (2,) and scope["facts"]["env_steps"] >= 200
+
+
+def test_readme_names_every_flag_with_its_default():
+    """Catches: a flag that was added, renamed or given another default without its line in README.md."""
+    text = (HERE / "README.md").read_text()
+    for field in qmix.dataclasses.fields(qmix.Config):
+        assert f"| `--{field.name.replace('_', '-')}` | `{field.default}` |" in text, field.name
+
+
+def test_a_game_that_keeps_failing_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd):
+    """Catches: an endless loop over a broken game, a traceback, or a run that is lost with it."""
+    (tmp_path / "broken.py").write_text(readme_block("class Meet").replace(
+        "return reward", "import os; os._exit(1) if os.path.exists('broken') else None\n        return reward"))
+    monkeypatch.chdir(tmp_path)
+    flags = "--num-envs 1 --total-steps 90 --batch-size 4 --buffer-size 8 --test-interval-steps 60 --test-episodes 1"
+    monkeypatch.setattr(qmix.Run, "test", lambda run, test=qmix.Run.test: (test(run), Path("broken").touch())[0])
+    assert qmix.main(["--env", "broken:Meet", "--out", "run", "--device", "cpu", *flags.split()]) == 1
+    err = capfd.readouterr().err
+    assert "in a row" in err and "Traceback" not in err and (tmp_path / "run" / "checkpoint.pt").exists()
