@@ -116,6 +116,7 @@ class Checkers:
     nine lemons (1 = still there), the clock (fraction of the limit), the cells of agent 0 and of agent 1, one-hot.
     """
     n_agents, n_actions, state_dim, episode_limit, best_return = 2, 5, 67, 100, 86.26
+    landmarks = "83.54 is what gamma 0.99 asks for, 59.64 the trap where agent 1 never helps"  # exact: see README.md
     cells = tuple(product(range(3), range(8)))
     moves = ((1, 0), (0, -1), (-1, 0), (0, 1), (0, 0))
     apples = tuple((row, column) for row, column in cells if column < 6 and (row + column) % 2 == 0)

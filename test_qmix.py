@@ -485,11 +485,23 @@ def test_everything_moves_and_targets_are_copied_on_the_count(tmp_path, algo):
     assert not still
 
 
+def test_soft_target_moves_by_its_share(tmp_path):
+    """Catches: --target-tau that nothing reads, or that moves the live networks instead."""
+    run = qmix.Run(tiny(tmp_path, target_tau=0.25, target_update_episodes=1))
+    run.play()
+    run.learn(1)
+    start, moved = qmix.Run(run.cfg).team.state_dict(), 0
+    for name, live in run.team.state_dict().items():
+        torch.testing.assert_close(run.target_team.state_dict()[name], 0.75 * start[name] + 0.25 * live)
+        moved += not torch.equal(live, start[name])
+    assert moved > 5
+
+
 def test_lr_anneal_and_reward_scale_reach_the_learner(tmp_path):
     """Catches: an option that nothing reads."""
     run = qmix.Run(tiny(tmp_path, lr=1e-3, lr_anneal=True, reward_scale=0.0 + 1e-3))
     run.play()
-    for env_steps, lr in ((4000 * 5 // 6, 0.55e-3), (2000, 1e-3)):
+    for env_steps, lr in ((3000, 0.55e-3), (2000, 1e-3)):
         run.counts["env_steps"] = env_steps
         run.learn(1)
         assert run.optimizer.param_groups[0]["lr"] == pytest.approx(lr, rel=1e-3)
@@ -700,7 +712,8 @@ def test_readme_names_every_flag_with_its_default():
     """Catches: a flag that was added, renamed or given another default without its line in README.md."""
     text = (HERE / "README.md").read_text()
     for field in qmix.dataclasses.fields(qmix.Config):
-        assert f"| `--{field.name.replace('_', '-')}` | `{field.default}` |" in text, field.name
+        default = '""' if field.default == "" else field.default
+        assert f"| `--{field.name.replace('_', '-')}` | `{default}` |" in text, field.name
 
 
 def test_a_game_that_keeps_failing_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd):
