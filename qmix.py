@@ -52,7 +52,8 @@ ALGOS = ("iql", "vdn", "qmix", "vdn-s", "qmix-lin", "qmix-ns", "random", "heuris
 
 # What an environment needs instead of the defaults below; flags override both.
 PRESETS = {
-    # The paper's appendix: uniform exploration, last 500 episodes, target every 100, 8 mixing units.
+    # The paper's appendix: uniform exploration, last 500 episodes, target every 100, 8 mixing units. Adam with a larger
+    # step and half the updates, because a reader waits; one thread, because the tensors are tiny.
     "two-step": dict(total_steps=10_000, num_envs=25, buffer_size=500, epsilon_finish=1.0, target_update_episodes=100,
                      mixing_dim=8, hypernet_dim=0, episodes_per_update=2.0, optimizer="adam", lr=3e-3, test_episodes=1,
                      test_interval_steps=1000, threads=1),
@@ -517,7 +518,8 @@ def greedy_episodes(env, choose, n: int) -> dict[str, Tensor]:
         _, lengths, facts = rollout(env, choose)
         rounds.append(facts | {"length": lengths})
         found += len(lengths)
-    return {name: torch.cat([facts[name].float() for facts in rounds])[:n] for name in rounds[-1]}
+    names = set.intersection(*map(set, rounds))  # a game may tell more as time goes on
+    return {name: torch.cat([facts[name].float() for facts in rounds])[:n] for name in names}
 
 
 # --------------------------------------------------------------------------------------------------------------- a run
