@@ -44,10 +44,13 @@ smoke: .venv/installed  ## under a minute: every algorithm on every built-in env
 two-step: .venv/installed  ## under a minute: the paper's two-step game, six algorithms, their tables
 	$(RUN) docs/two_step.py
 
+plot: .venv/installed  ## redraws the figures in docs/ from their CSVs
+	$(RUN) docs/plot.py
+
 lint: .venv/installed  ## ruff
 	.venv/bin/ruff check .
 
 clean:           ## removes .venv and caches; runs/ stays
 	rm -rf .venv __pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help install install-ma-gym install-smac train test skirmish smac smoke two-step lint clean
+.PHONY: help install install-ma-gym install-smac train test skirmish smac smoke two-step plot lint clean
