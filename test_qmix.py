@@ -375,7 +375,8 @@ def tiny(tmp_path, name="run", **given):
     """A run of about a second."""
     return qmix.Config(**dict(env="checkers", total_steps=4000, num_envs=4, batch_size=4, buffer_size=12, hidden_dim=8,
                               mixing_dim=4, hypernet_dim=4, test_interval_steps=1000, threads=1, checkpoint_seconds=0.0,
-                              device="cpu", epsilon_finish=0.5, out=str(tmp_path / name)) | given)
+                              device="cpu", epsilon_finish=0.5, episodes_per_update=2.0, target_update_episodes=40,
+                              target_tau=0.0, lr_anneal=False, out=str(tmp_path / name)) | given)
 
 
 TIMES = ("seconds", "env_steps_per_second", "share_env", "share_act", "share_learn")
