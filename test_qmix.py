@@ -399,6 +399,9 @@ def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path):
     assert set(runs[0]) == {"env", "algo", "seed", "env_steps", "episodes", "updates", "seconds", "test_return",
                             "test_win_rate", "best_test_return", "out"}
     assert float(a[-1][a[0].index("test_return")]) == runs[0]["test_return"] and int(a[-1][0]) == runs[0]["env_steps"]
+    one, other = (qmix.Run(tiny(tmp_path, env="skirmish:3m", seed=seed)) for seed in (1, 2))
+    assert not any(torch.equal(p, q) for p, q in zip(one.team.parameters(), other.team.parameters()))
+    assert not any(torch.equal(one.generators[k].get_state(), other.generators[k].get_state()) for k in one.generators)
 
 
 def test_a_run_that_stops_after_every_move_equals_one_that_never_stops(tmp_path):
