@@ -424,13 +424,14 @@ def test_a_run_that_stops_after_every_move_equals_one_that_never_stops(tmp_path)
                 run.load_state_dict(qmix.read_checkpoint(tmp_path / "c.pt"))
 
     for algo in ("qmix", "iql"):
-        cfg = tiny(tmp_path, algo=algo, optimizer="adam" if algo == "iql" else "rmsprop", total_steps=1500)
+        cfg = tiny(tmp_path, algo=algo, optimizer="adam" if algo == "iql" else "rmsprop", total_steps=1500,
+                   target_update_episodes=6)
         one, other = moves(qmix.Run(cfg), False), moves(qmix.Run(cfg), True)
         for here, there in zip(one.rows, other.rows):
             assert {k: v for k, v in here.items() if k not in TIMES} == {k: there[k] for k in here if k not in TIMES}
         assert one.counts == other.counts and one.counts["updates"] > 5
-        for name, value in one.team.state_dict().items():
-            assert torch.equal(value, other.team.state_dict()[name])
+        for here, there in ((one.team, other.team), (one.target_team, other.target_team)):
+            assert all(torch.equal(value, there.state_dict()[name]) for name, value in here.state_dict().items())
 
 
 def start(*arguments):
@@ -487,6 +488,17 @@ def test_everything_moves_and_targets_are_copied_on_the_count(tmp_path, algo):
     assert run.updates_due() == 0
     still = [name for name, value in run.team.named_parameters() if torch.equal(value, before[name])]
     assert not still
+
+
+def test_a_run_explores_by_its_environment_steps(tmp_path):
+    """Catches: epsilon counted in episodes or updates, or evaluation that explores."""
+    run = qmix.Run(tiny(tmp_path, epsilon_finish=0.0, epsilon_anneal_steps=1000, num_envs=8))
+    greedy = run.test()["test_return"]
+    run.play()
+    assert len(set(run.returns)) > 4  # at step 0 all is random
+    run.returns, run.counts["env_steps"], run.counts["episodes"] = [], 1000, 0
+    run.play()
+    assert run.returns == [pytest.approx(greedy)] * 8
 
 
 def test_soft_target_moves_by_its_share(tmp_path):
