@@ -514,6 +514,28 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     return mean((q_tot - target) ** 2), {"q_taken": mean(q_tot.detach()), "target": mean(target)}
 
 
+def make_optimizer(team: Team, cfg: Config) -> torch.optim.Optimizer:
+    """For the agent's parameters and the mixer's."""
+    if cfg.optimizer == "adam":
+        return torch.optim.Adam(team.parameters(), lr=cfg.lr)
+    return torch.optim.RMSprop(team.parameters(), lr=cfg.lr, alpha=0.99, eps=1e-5)  # the authors'
+
+
+def gradient_step(team: Team, target_team: Team, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
+                  cfg: Config) -> Tensor:
+    """One update of agent and mixer. Returns loss, norm of the gradient before clipping, q_taken, target: (4,)."""
+    batch = batch | {"reward": batch["reward"] * cfg.reward_scale}
+    loss, means = td_loss(team, target_team, batch, cfg.gamma, cfg.double_q, cfg.td_lambda)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(team.parameters(), cfg.grad_clip)
+    optimizer.step()
+    return torch.stack([loss.detach(), grad_norm, means["q_taken"], means["target"]])
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
 def greedy_episodes(env, choose, n: int) -> dict[str, Tensor]:
     """Facts (see `rollout`) and lengths of n episodes, each (n,) float32."""
     rounds, found = [], 0
@@ -608,11 +630,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.team = Team(self.env, cfg).to(self.device)
         self.target_team = copy.deepcopy(self.team).requires_grad_(False)
-        parameters = [*self.team.parameters()]  # agent and mixer
-        if cfg.optimizer == "adam":
-            self.optimizer = torch.optim.Adam(parameters, lr=cfg.lr)
-        else:
-            self.optimizer = torch.optim.RMSprop(parameters, lr=cfg.lr, alpha=0.99, eps=1e-5)
+        self.optimizer = make_optimizer(self.team, cfg)
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
         self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(cfg.seed),
                            "sample": torch.Generator().manual_seed(cfg.seed)}
@@ -669,15 +687,9 @@ class Run:
                 group["lr"] = cfg.lr * (1 - 0.9 * min(max(done, 0.0), 1.0))
         for _ in range(updates):
             batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
-            batch["reward"] = batch["reward"] * cfg.reward_scale
-            loss, means = td_loss(self.team, self.target_team, batch, cfg.gamma, cfg.double_q, cfg.td_lambda)
-            self.optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(self.team.parameters(), cfg.grad_clip)
-            self.optimizer.step()
+            stats.append(gradient_step(self.team, self.target_team, self.optimizer, batch, cfg))
             self.counts["updates"] += 1
             self.update_target()
-            stats.append(torch.stack([loss.detach(), grad_norm, means["q_taken"], means["target"]]))
         stats = torch.stack(stats).tolist()  # the round's one wait for the device
         for i, row in enumerate(stats):
             if not all(map(math.isfinite, row)):
