@@ -632,8 +632,9 @@ class Run:
         self.target_team = copy.deepcopy(self.team).requires_grad_(False)
         self.optimizer = make_optimizer(self.team, cfg)
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
-        self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(cfg.seed),
-                           "sample": torch.Generator().manual_seed(cfg.seed)}
+        explore, sample = map(int, np.random.SeedSequence(cfg.seed).generate_state(2, np.uint64))  # streams of their own
+        self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(explore),
+                           "sample": torch.Generator().manual_seed(sample)}
         self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)
         self.best = -math.inf
         self.rows: list[dict] = []  # metrics.csv
