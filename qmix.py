@@ -632,7 +632,8 @@ class Run:
         self.target_team = copy.deepcopy(self.team).requires_grad_(False)
         self.optimizer = make_optimizer(self.team, cfg)
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
-        explore, sample = map(int, np.random.SeedSequence(cfg.seed).generate_state(2, np.uint64))  # streams of their own
+        # streams of their own, or exploration would repeat the environment's random numbers
+        explore, sample = map(int, np.random.SeedSequence(cfg.seed).generate_state(2, np.uint64))
         self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(explore),
                            "sample": torch.Generator().manual_seed(sample)}
         self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)
