@@ -52,7 +52,7 @@ def two_step() -> None:
         axes.text(10_100, level, text, va="center", fontsize=8)
     for (_, algo, _), run in read("two_step.csv").items():
         axes.plot(run["env_steps"], run["loss"], color=COLORS[algo], label=algo)
-    axes.set(xlabel="environment steps", ylabel="mean squared TD error", ylim=(-0.1, 3.2),
+    axes.set(xlabel="environment steps", ylabel="mean squared TD error", ylim=(-0.1, 3.2), xlim=(500, 11_200),
              title="Two-step game: what each algorithm cannot represent (dotted: exact)")
     axes.legend(ncol=3, fontsize=8)
     figure.savefig(HERE / "two_step.png", dpi=110)
@@ -87,10 +87,10 @@ def skirmish() -> None:
             steps = np.linspace(0, min(run["env_steps"][-1] for run in seeds), 60)
             wins = np.array([np.interp(steps, run["env_steps"], run["test_win_rate"]) for run in seeds])
             low, median, high = np.quantile(wins, (0.25, 0.5, 0.75), axis=0)
-            axes.plot(steps, median, color=COLORS[algo], label=f"{algo} ({len(seeds)} seeds)")
-            axes.fill_between(steps, low, high, color=COLORS[algo], alpha=0.2, linewidth=0)
-        axes.set(xlabel="environment steps", ylabel="greedy win rate", ylim=(-0.02, 1.02), title=env)
-        axes.legend(fontsize=8)
+            axes.plot(steps / 1000, median, color=COLORS[algo], label=f"{algo} ({len(seeds)} seeds)")
+            axes.fill_between(steps / 1000, low, high, color=COLORS[algo], alpha=0.2, linewidth=0)
+        axes.set(xlabel="thousand environment steps", ylabel="greedy win rate", ylim=(-0.02, 1.02), title=env)
+        axes.legend(fontsize=8, loc="lower right")
     figure.savefig(HERE / "skirmish.png", dpi=110)
 
 
