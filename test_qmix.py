@@ -733,7 +733,7 @@ def test_readme_names_every_flag_with_its_default():
 def test_a_game_that_keeps_failing_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd):
     """Catches: an endless loop over a broken game, a traceback, or a run that is lost with it."""
     (tmp_path / "broken.py").write_text(readme_block("class Meet").replace(
-        "return reward", "import os; os._exit(1) if os.path.exists('broken') else None\n        return reward"))
+        "self.steps += 1", "import os; self.steps += 1 if not os.path.exists('broken') else os._exit(1)"))
     monkeypatch.chdir(tmp_path)
     flags = "--num-envs 1 --total-steps 90 --batch-size 4 --buffer-size 8 --test-interval-steps 60 --test-episodes 1"
     monkeypatch.setattr(qmix.Run, "test", lambda run, test=qmix.Run.test: (test(run), Path("broken").touch())[0])
