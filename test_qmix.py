@@ -439,6 +439,8 @@ def start(*arguments):
 
 def flags(cfg):
     for name, value in vars(cfg).items():
+        if value == ():  # env_args
+            continue
         yield f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
         if not isinstance(value, bool):
             yield str(value)
@@ -446,16 +448,15 @@ def flags(cfg):
 
 def test_killed_runs_resume_exactly(tmp_path):
     """Catches: a half-written checkpoint, rows written twice or lost, SIGTERM or Ctrl-C that lose the run."""
-    cfg = tiny(tmp_path, total_steps=12_000)
-    whole = qmix.train(tiny(tmp_path, "whole", total_steps=12_000))
+    cfg = tiny(tmp_path, total_steps=20_000)
+    whole = qmix.train(tiny(tmp_path, "whole", total_steps=20_000))
     process = start(*flags(cfg))
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
         while process.poll() is None and not (tmp_path / "run" / "checkpoint.pt").exists():
-            time.sleep(0.05)
+            time.sleep(0.01)
         written = (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns
         while process.poll() is None and (tmp_path / "run" / "checkpoint.pt").stat().st_mtime_ns == written:
-            time.sleep(0.05)
-        time.sleep(0.2)
+            time.sleep(0.01)
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number], err
