@@ -296,7 +296,8 @@ def test_names_and_arguments_are_told_in_plain_words(tmp_path, monkeypatch):
 # ---- nothing is left behind -----------------------------------------------------------------------------------------
 
 TRAINER = '''
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C
 sys.path[:0] = {path!r}
 import torch, {module} as envs
 w = envs.Workers("own:Own", 1, arguments={{"child": True, "fault": "{fault}"}})
