@@ -60,10 +60,11 @@ PRESETS = {
     # Checkers has traps at 59.64 and 73. The way out is what the values of many half-random episodes add up to: many
     # updates (with 64 environments acting takes a tenth of the time), precise ones (Adam, a learning rate that falls,
     # rewards of about 1), a target that follows soon, and twice the usual randomness (with 0.05 it stays at 73 for
-    # longer). All greedy episodes are the same here, so one tells.
+    # longer). All greedy episodes are the same here, so one tells. One thread: two save a sixth of the time, but then
+    # the numbers depend on how many cores a machine has.
     "checkers": dict(total_steps=2_200_000, num_envs=64, episodes_per_update=7.0, buffer_size=4000, optimizer="adam",
                      lr=1e-3, lr_anneal=True, reward_scale=0.1, target_tau=0.05, epsilon_anneal_steps=200_000,
-                     epsilon_finish=0.1, test_episodes=1, test_interval_steps=20_000),
+                     epsilon_finish=0.1, test_episodes=1, test_interval_steps=20_000, threads=1),
     # Minutes instead of hours: on 2s3z the authors' RMSprop and one-step targets won 30 % of the battles after 420,000
     # steps, Adam with Q(lambda) 72 to 94 %; the falling learning rate steadies the end.
     "skirmish": dict(total_steps=600_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
