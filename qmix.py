@@ -189,6 +189,8 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------- the networks
 
+STRETCH = 16  # steps that go through the network together: few enough for the processor's cache
+
 
 class Agent(nn.Module):
     """DRQN agent, fc - GRU - fc (section 4). All agents share its weights and are told apart by a one-hot id."""
@@ -200,18 +202,32 @@ class Agent(nn.Module):
         self.gru = nn.GRU(hidden_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, n_actions)
 
-    def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Q-values of a stretch of T steps: a whole episode in the loss, T = 1 when acting.
+    def inputs(self, obs: Tensor, last_actions: Tensor) -> Tensor:
+        """What the network reads at each step: observation, one-hot last action, one-hot id.
 
-        obs (B, T, N, O) float32; last_actions (B, T, N) int64, -1 where there is none yet; hidden (1, B*N, H) is what
-        an earlier call returned, None (zeros) at the start of an episode. Returns q (B, T, N, A) and the new hidden.
+        obs (B, T, N, O) float32; last_actions (B, T, N) int64, -1 where there is none yet. Returns (T, B*N, O+A+N),
+        time first, as the GRU wants it.
         """
         B, T, N, _ = obs.shape
         last = F.one_hot(last_actions + 1, self.n_actions + 1)[..., 1:]  # (B, T, N, A), zeros for -1
-        ids = torch.eye(N, device=obs.device).expand(B, T, N, N)
-        x = F.relu(self.fc1(torch.cat([obs, last, ids], dim=-1)))  # (B, T, N, H)
-        x, hidden = self.gru(x.transpose(0, 1).reshape(T, B * N, -1), hidden)  # (T, B*N, H)
-        return self.fc2(x).view(T, B, N, -1).transpose(0, 1), hidden  # (B, T, N, A)
+        ids = torch.eye(N, device=obs.device).expand(T, B, N, N)
+        return torch.cat([obs.transpose(0, 1), last.transpose(0, 1), ids], dim=-1).view(T, B * N, -1)
+
+    def forward(self, inputs: Tensor, hidden: Tensor | None = None,
+                lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Q-values of T steps: a whole episode in the loss, T = 1 when acting.
+
+        hidden (1, B*N, H) is what an earlier call returned, None (zeros) at the start of an episode. lengths (B,), on
+        the host and longest first: what lies behind the end of an episode is left out, its q is zero. Returns q
+        (B, T, N, A) and the new hidden.
+        """
+        (T, R, _), N, q = inputs.shape, self.n_agents, []  # R = B*N
+        for t in range(0, T, STRETCH):
+            rows = R if lengths is None else N * int((lengths >= t).sum())
+            x = F.relu(self.fc1(inputs[t:t + STRETCH, :rows]))
+            x, hidden = self.gru(x, hidden if hidden is None else hidden[:, :rows])
+            q.append(F.pad(self.fc2(x), (0, 0, 0, R - rows)))  # (STRETCH, B*N, A)
+        return torch.cat(q).view(T, R // N, N, -1).transpose(0, 1), hidden  # (B, T, N, A)
 
 
 # A mixer maps q (B, T, N), the agents' values of their chosen actions, and state (B, T, S) to Q_tot (B, T, 1).
@@ -361,16 +377,14 @@ class Replay:
         self.added += len(lengths)
 
     def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """`batch_size` different episodes, cut to the longest; `filled` (B, T) bool marks the steps that happened.
-
-        `generator` is on the host, as the lengths are: no need to wait for the device.
-        """
+        """`batch_size` different episodes, the longest first and all cut to its length; `filled` (B, T) bool marks the
+        steps that happened. `generator` is on the host, as the `lengths` (B,) are: no need to wait for the device."""
         rows = torch.randperm(len(self), generator=generator)[:batch_size]
-        lengths = self.lengths[rows]
-        T = int(lengths.max())
+        lengths, order = self.lengths[rows].sort(descending=True, stable=True)
+        rows, T = rows[order], int(lengths[0])
         batch = {name: data[:, : T + 1 if name in ("obs", "state", "avail") else T][rows.to(self.device)]
                  for name, data in self.data.items()}
-        return batch | {"filled": (torch.arange(T) < lengths[:, None]).to(self.device)}
+        return batch | {"lengths": lengths, "filled": (torch.arange(T) < lengths[:, None]).to(self.device)}
 
     def state_dict(self) -> dict:
         """The rows in use, without their padding."""
@@ -408,7 +422,7 @@ def act(agent: Agent, obs: Tensor, avail: Tensor, memory=None, epsilon: float = 
     `memory` is (hidden, last actions); None starts an episode. Uses nothing but each agent's own history.
     """
     hidden, last_actions = memory or (None, torch.full(avail.shape[:2], -1, device=obs.device))
-    q, hidden = agent(obs.unsqueeze(1), last_actions.unsqueeze(1), hidden)  # T = 1
+    q, hidden = agent(agent.inputs(obs.unsqueeze(1), last_actions.unsqueeze(1)), hidden)  # T = 1
     actions = select_actions(q.squeeze(1), avail, epsilon, generator)
     return actions, (hidden, actions)
 
@@ -492,19 +506,21 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     """Eq. 6: the mean squared TD error of Q_tot over the steps that happened (for IQL over the agents too).
 
     batch: obs (B, T+1, N, O), state (B, T+1, S), avail (B, T+1, N, A), actions (B, T, N), reward, terminated and filled
-    (B, T). Returns the loss and the means of q_taken (Q_tot of the actions taken) and target, all scalars.
+    (B, T); lengths (B,) on the host if the longest come first. Returns the loss and the means of q_taken (Q_tot of the actions taken) and target, all scalars.
     """
     obs, state, avail, actions = batch["obs"], batch["state"], batch["avail"], batch["actions"].long()
     reward, terminated, filled = (batch[k].to(obs.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
 
-    q, _ = team.agent(obs, last_actions)  # (B, T+1, N, A)
+    inputs, lengths = team.agent.inputs(obs, last_actions), batch.get("lengths")
+
+    q, _ = team.agent(inputs, lengths=lengths)  # (B, T+1, N, A)
     q_taken = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
     q_tot = team.mixer(q_taken, state[:, :-1])  # (B, T, 1); IQL (B, T, N)
 
     with torch.no_grad():
         # subtle: the target network too runs through the episode from its start; at t+1 alone its memory would be empty
-        q_target, _ = target_team.agent(obs, last_actions)
+        q_target, _ = target_team.agent(inputs, lengths=lengths)
         chooser = q if double_q else q_target  # departure 2
         best = chooser[:, 1:].masked_fill(~avail[:, 1:], -math.inf).argmax(-1, keepdim=True)  # (B, T, N, 1)
         v_next = target_team.mixer(q_target[:, 1:].gather(-1, best).squeeze(-1), state[:, 1:])  # (B, T, 1); Eq. 4
@@ -518,7 +534,7 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
 def make_optimizer(team: Team, cfg: Config) -> torch.optim.Optimizer:
     """For the agent's parameters and the mixer's."""
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(team.parameters(), lr=cfg.lr)
+        return torch.optim.Adam(team.parameters(), lr=cfg.lr, fused=True)
     return torch.optim.RMSprop(team.parameters(), lr=cfg.lr, alpha=0.99, eps=1e-5)  # the authors'
 
 
@@ -1039,7 +1055,7 @@ def two_step_tables(team: Team) -> dict:
     start = env.reset()
     second = env.step(torch.tensor([[0, 0], [1, 0]], device=device))  # environment 0 goes to 2A, 1 to 2B
     last = torch.tensor([[[-1, -1], [0, 0]], [[-1, -1], [1, 0]]], device=device)  # (B, T, N)
-    q, _ = team.agent(torch.stack([start.obs, second.obs], 1), last)  # (B, T, N, A)
+    q, _ = team.agent(team.agent.inputs(torch.stack([start.obs, second.obs], 1), last))  # (B, T, N, A)
     state = torch.stack([start.state, second.state], 1)  # (B, T, S)
     cell = lambda i, j: team.mixer(torch.stack([q[..., 0, i], q[..., 1, j]], -1), state).mean(-1)  # noqa: E731  (B, T)
     table = torch.stack([torch.stack([cell(i, j) for j in range(2)], -1) for i in range(2)], -2)  # (B, T, A, A)

@@ -234,9 +234,24 @@ def test_sequence_unroll_equals_acting_step_by_step():
         actions.append(chosen)
         hidden.append(memory[0])
     last = torch.stack([torch.full((4, 3), -1), *actions[:-1]], dim=1)
-    q, final = agent(obs, last)
+    q, final = agent(agent.inputs(obs, last))
     assert torch.equal(q.argmax(-1), torch.stack(actions, dim=1))
     torch.testing.assert_close(final, hidden[-1])
+
+
+def test_leaving_out_what_is_over_changes_no_number():
+    """`lengths` saves work alone. Catches: a row too few (the value behind the last step), rows of another episode."""
+    batch = random_batch([40, 33, 32, 17, 16, 15, 1], ["terminated", "truncated"] * 3 + ["truncated"])
+    found = []
+    for lengths in (None, batch["filled"].sum(1)):
+        team, target = make_team(small()).double(), make_team(small(), seed=5).double()
+        loss, means = qmix.td_loss(team, target, batch | ({} if lengths is None else {"lengths": lengths}), 0.9)
+        loss.backward()
+        found.append([loss, *means.values(), *(p.grad for p in team.parameters())])
+        q, _ = team.agent(team.agent.inputs(batch["obs"], torch.full_like(batch["actions"], -1)[:, [0] * 41]),
+                          lengths=lengths)
+    torch.testing.assert_close(*found)
+    assert (q[4, 16] != 0).all() and (q[5, 16:] == 0).all() and (q[3, 32:] == 0).all()  # in stretches of 16 steps
 
 
 def test_epsilon_greedy_draws_per_agent_over_available_actions():
@@ -328,9 +343,10 @@ def test_replay_rows_carry_their_id_through_wrap_around_and_overfill(capsys):
         newest = [100 * r + b for r in range(1, rounds + 1) for b in range(4)][-6:]
         batch = replay.sample(6, generator)
         assert len(replay) == min(6, 4 * rounds) and sorted(batch["obs"][:, 0, 0, 0].tolist()) == newest
+        assert batch["lengths"].tolist() == sorted(batch["lengths"].tolist(), reverse=True)
         for i, name in enumerate(batch["obs"][:, 0, 0, 0].tolist()):
             length = [2, 6, 1, 4][int(name) % 4]
-            assert batch["filled"][i].sum() == length and batch["filled"][i, :length].all()
+            assert batch["filled"][i].sum() == length == batch["lengths"][i] and batch["filled"][i, :length].all()
             assert (batch["obs"][i, :length + 1, :, 0] == name).all()
             assert (batch["state"][i, :length + 1, 0] == name).all()
             assert batch["reward"][i, :length].tolist() == pytest.approx([name + t / 10 for t in range(1, length + 1)])
@@ -344,6 +360,7 @@ def test_replay_rows_carry_their_id_through_wrap_around_and_overfill(capsys):
     again = qmix.Replay(env, 6, torch.device("cpu"))
     again.load_state_dict(replay.state_dict())
     one, other = (r.sample(6, torch.Generator().manual_seed(1)) for r in (replay, again))
+    assert torch.equal(one.pop("lengths"), other.pop("lengths"))
     filled = one["filled"]
     assert all(torch.equal(one[k][:, :6][filled], other[k][:, :6][filled]) for k in one) and again.added == replay.added
 
