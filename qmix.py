@@ -42,6 +42,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -333,6 +334,64 @@ class Team(nn.Module):
         self.mixer = MIXERS.get(cfg.algo, VDN)(env.n_agents, env.state_dim, cfg)
 
 
+# ---------------------------------------------------------------------------------------------------- several processes
+
+# `torchrun --nproc-per-node=K qmix.py ...`: each process ("rank") plays its own environments and keeps its own replay;
+# gradients and counts are joined, so that all ranks do the same at the same time. Rank 0 alone speaks and writes.
+# Without torchrun there is one rank, and nothing is joined.
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; its last checkpoint is as it was."""
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """In place. Raises TrainingFailed if another rank has ended."""
+    try:
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+        return tensor
+    except RuntimeError as error:
+        raise TrainingFailed(f"rank {rank()}: another process of this run has ended, so this one ends too; the last "
+                             f"checkpoint is kept ({first_line(error)})") from None
+
+
+def average_over_ranks(tensors: list[Tensor], steps: Tensor) -> None:
+    """Each rank's means over its `steps` become, in place, the means over the steps of all ranks."""
+    if dist.is_initialized():
+        flat = torch.cat([*(tensor.flatten() * steps for tensor in tensors), steps.view(1).to(tensors[0].dtype)])
+        sum_over_ranks(flat)
+        for tensor, mean in zip(tensors, (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def random_seeds(*key: int) -> list[int]:
+    """Three independent seeds: for the environments, exploration, sampling."""
+    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(3, np.uint64)]
+
+
+@contextlib.contextmanager
+def process_group():
+    """Join the other ranks, if torchrun has started any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
 # ------------------------------------------------------------------------------------------------------------- replay
 
 
@@ -506,7 +565,8 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     """Eq. 6: the mean squared TD error of Q_tot over the steps that happened (for IQL over the agents too).
 
     batch: obs (B, T+1, N, O), state (B, T+1, S), avail (B, T+1, N, A), actions (B, T, N), reward, terminated and filled
-    (B, T); lengths (B,) on the host if the longest come first. Returns the loss and the means of q_taken (Q_tot of the actions taken) and target, all scalars.
+    (B, T); lengths (B,) on the host, if the longest come first. Returns the loss and the means of q_taken (Q_tot of the
+    actions taken) and target, all scalars.
     """
     obs, state, avail, actions = batch["obs"], batch["state"], batch["avail"], batch["actions"].long()
     reward, terminated, filled = (batch[k].to(obs.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
@@ -545,9 +605,12 @@ def gradient_step(team: Team, target_team: Team, optimizer: torch.optim.Optimize
     loss, means = td_loss(team, target_team, batch, cfg.gamma, cfg.double_q, cfg.td_lambda)
     optimizer.zero_grad()
     loss.backward()
+    loss = loss.detach()
+    average_over_ranks([parameter.grad for parameter in team.parameters()] + [loss, *means.values()],
+                       batch["filled"].sum())
     grad_norm = nn.utils.clip_grad_norm_(team.parameters(), cfg.grad_clip)
     optimizer.step()
-    return torch.stack([loss.detach(), grad_norm, means["q_taken"], means["target"]])
+    return torch.stack([loss, grad_norm, means["q_taken"], means["target"]])
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -571,10 +634,6 @@ COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_retu
            "share_learn", "dead_allies", "dead_enemies", "voided")
 
 
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; its last checkpoint is as it was."""
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
@@ -585,10 +644,12 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_checkpoint(path: Path, content: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_whole(path, buffer.getbuffer())
+def write_checkpoint(path: Path, content) -> None:
+    """Save what `content()` returns. Rank 0 alone writes."""
+    if rank() == 0:
+        buffer = io.BytesIO()
+        torch.save(content(), buffer)
+        write_whole(path, buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -602,14 +663,10 @@ def read_checkpoint(path: Path) -> dict:
         raise UsageError(f"{path} is not a usable checkpoint: {first_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-
-
 def pick_device(name: str) -> torch.device:
     """auto: the GPU if there is one."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if name.split(":")[0] not in ("cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
     if name != "cpu" and not torch.cuda.is_available():
@@ -620,7 +677,7 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"--device {name} cannot be used: {first_line(error)}") from None
 
 
-def make_env(cfg: Config, n_envs: int, device: torch.device, **more):
+def make_env(cfg: Config, n_envs: int, device: torch.device, seed: int, **more):
     """The environment of cfg; `more`: further arguments for it."""
     pairs = [text.partition("=") for text in cfg.env_args]
     for key, equals, _ in pairs:
@@ -629,7 +686,7 @@ def make_env(cfg: Config, n_envs: int, device: torch.device, **more):
     arguments = {key: value for key, _, value in pairs} | more
     if cfg.algo == "heuristic" and cfg.env.startswith("smac:"):
         arguments["heuristic_ai"] = "true"
-    return envs.make(cfg.env, n_envs, device, cfg.seed, arguments)
+    return envs.make(cfg.env, n_envs, device, seed, arguments)
 
 
 class Run:
@@ -639,7 +696,8 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, pick_device(cfg.device)
         self.learns = cfg.algo in MIXERS
-        self.env = make_env(cfg, cfg.num_envs, self.device)
+        env_seed, explore, sample = random_seeds(cfg.seed, rank())  # of one seed they would be one and the same stream
+        self.env = make_env(cfg, cfg.num_envs, self.device, env_seed)
         if cfg.algo == "heuristic" and not hasattr(self.env, "heuristic"):
             raise UsageError(f"--algo heuristic: {cfg.env} has none")
         if cfg.threads:
@@ -649,11 +707,11 @@ class Run:
         self.target_team = copy.deepcopy(self.team).requires_grad_(False)
         self.optimizer = make_optimizer(self.team, cfg)
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
-        # streams of their own, or exploration would repeat the environment's random numbers
-        explore, sample = map(int, np.random.SeedSequence(cfg.seed).generate_state(2, np.uint64))
         self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(explore),
                            "sample": torch.Generator().manual_seed(sample)}
-        self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)
+        self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)  # steps and episodes of all ranks
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.waiting = self.ranks  # ranks whose replay does not hold a batch yet
         self.best = -math.inf
         self.rows: list[dict] = []  # metrics.csv
         self.returns: list[float] = []  # of the training episodes since the last row
@@ -672,10 +730,10 @@ class Run:
     # What there is to do, in this order: the updates that are due, the evaluation that is due, more episodes.
 
     def updates_due(self) -> int:
-        """One update once the replay holds a batch, then one per `episodes_per_update` episodes."""
-        if not self.learns or len(self.replay) < self.cfg.batch_size:
+        """One update once each replay holds a batch, then one per `episodes_per_update` episodes of a rank."""
+        if not self.learns or self.waiting:
             return 0
-        new = self.counts["episodes"] - self.cfg.batch_size
+        new = self.counts["episodes"] / self.ranks - self.cfg.batch_size
         return int(new / self.cfg.episodes_per_update) + 1 - self.counts["updates"]
 
     def test_due(self) -> bool:
@@ -693,8 +751,11 @@ class Run:
         episodes, lengths, facts = rollout(self.env, policy, self.clock)
         if self.learns:
             self.replay.add(episodes, lengths)
-        self.counts["env_steps"] += int(lengths.sum())
-        self.counts["episodes"] += len(lengths)
+        ready = self.learns and len(self.replay) >= self.cfg.batch_size
+        steps, played, ready = sum_over_ranks(torch.tensor([lengths.sum(), len(lengths), ready])).tolist()
+        self.counts["env_steps"] += steps
+        self.counts["episodes"] += played
+        self.waiting = self.ranks - ready
         self.returns += facts["return"].tolist()
 
     def learn(self, updates: int) -> None:
@@ -767,10 +828,17 @@ class Run:
         self.team.load_state_dict(saved["team"])
         self.target_team.load_state_dict(saved["target_team"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        for name, generator in self.generators.items():
-            generator.set_state(saved["generators"][name])
-        if saved["replay"]:
-            self.replay.load_state_dict(saved["replay"])
+        if rank() == 0:
+            for name, generator in self.generators.items():
+                generator.set_state(saved["generators"][name])
+            if saved["replay"]:
+                self.replay.load_state_dict(saved["replay"])
+        else:  # the checkpoint is rank 0's: the others go on with new random numbers and an empty replay
+            for generator, seed in zip(self.generators.values(),
+                                       random_seeds(self.cfg.seed, rank(), saved["counts"]["env_steps"])):
+                generator.manual_seed(seed)
+        if self.learns and self.ranks == 1:
+            self.waiting = int(len(self.replay) < self.cfg.batch_size)
         for name in ("counts", "best", "rows", "returns", "stats", "seconds"):
             setattr(self, name, saved[name])
         self.clock.seconds = saved["clock"]
@@ -809,6 +877,8 @@ class Report:
 
     def __init__(self, run: Run, out: Path):
         self.run, self.bar, self.board = run, None, None
+        if rank():
+            return
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -861,9 +931,12 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
 
 @contextlib.contextmanager
 def run_directory(cfg: Config, resume: bool):
-    """The directory of the run, made or found, and locked for as long as the `with` lasts."""
+    """The directory of the run, made or found, and locked for as long as the `with` lasts (by rank 0)."""
     name = cfg.out or f"runs/{cfg.env.replace(':', '-')}-{cfg.algo}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     out, lock = Path(name), None
+    if rank():
+        yield out
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not resume and any((out / file).exists() for file in ("config.json", "checkpoint.pt", "metrics.csv")):
@@ -905,26 +978,28 @@ def go_on(run: Run, out: Path, stop: StopRequest, report: Report) -> None:
             row = run.test()
             if row["test_return"] > run.best:
                 run.best = row["test_return"]
-                write_checkpoint(out / "best.pt", run.weights())
-            write_metrics(out / "metrics.csv", run.rows)
-            report.row(row)
+                write_checkpoint(out / "best.pt", run.weights)
+            if rank() == 0:
+                write_metrics(out / "metrics.csv", run.rows)
+                report.row(row)
         elif run.finished():
             break
         else:
             try:
                 run.play()
             except envs.EnvFailure:
-                write_checkpoint(out / "checkpoint.pt", run.state_dict())
+                write_checkpoint(out / "checkpoint.pt", run.state_dict)
                 raise
             report.update()
-        if stop.signal or time.perf_counter() - saved_at > max(run.cfg.checkpoint_seconds, 30 * save_cost):
+        stopping = sum_over_ranks(torch.tensor(bool(stop.signal), dtype=torch.int64)) > 0
+        if stopping or time.perf_counter() - saved_at > max(run.cfg.checkpoint_seconds, 30 * save_cost):
             saved_at = time.perf_counter()
-            write_checkpoint(out / "checkpoint.pt", run.state_dict())
+            write_checkpoint(out / "checkpoint.pt", run.state_dict)
             save_cost = time.perf_counter() - saved_at
-        if stop.signal:
+        if stopping:
             print(f"stopped at {run.counts['env_steps']} environment steps; go on with --resume {out}")
-            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)
-    write_checkpoint(out / "checkpoint.pt", run.state_dict())
+            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+    write_checkpoint(out / "checkpoint.pt", run.state_dict)
 
 
 def train(cfg: Config, resume: bool = False) -> dict:
@@ -1001,7 +1076,7 @@ def evaluate(path: str, episodes: int = 32, record_to: str = "", cfg: Config | N
     replays = {"replay_dir": record_to} if record_to and cfg.env.startswith("smac:") else {}
     if record_to and not replays and not record_to.endswith(".gif"):
         raise UsageError(f"--record must name a .gif file (for smac: a folder for replays), not {record_to!r}")
-    env = make_env(cfg, min(episodes, cfg.num_envs), torch.device("cpu"), **replays)
+    env = make_env(cfg, min(episodes, cfg.num_envs), torch.device("cpu"), cfg.seed, **replays)
     try:
         for size in ("obs_dim", "n_actions", "n_agents"):
             if getattr(env, size) != getattr(policy.agent, size):
@@ -1127,10 +1202,12 @@ def main(arguments: list[str]) -> int:
         command = parse(arguments)
         if command.evaluate:
             facts = evaluate(command.evaluate, command.episodes, command.record, command.config)
-        else:
+            print("result: " + json.dumps(facts))
+            return 0
+        with process_group():
             print("config: " + json.dumps(dataclasses.asdict(command.config)))
             facts = train(command.config, resume=bool(command.resume))
-        print("result: " + json.dumps(facts))
+            print("result: " + json.dumps(facts))
         return 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

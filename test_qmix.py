@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -705,6 +706,77 @@ def test_presets_and_explicit_values():
     assert qmix.parse(["--env", "two-step"]).config.buffer_size == 500
     with pytest.raises(UsageError, match="unknown setting"):
         qmix.Config(batchsize=3)
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def start_ranks(arguments, tmp_path):
+    """Two processes as torchrun starts them; `arguments` follow `python`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(2):
+        more = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with open(tmp_path / f"out{rank}", "w") as out, open(tmp_path / f"err{rank}", "w") as err:
+            yield subprocess.Popen([sys.executable, *map(str, arguments)], stdout=out, stderr=err, cwd=HERE,
+                                   env=os.environ | {name: str(value) for name, value in more.items()})
+
+
+def halves():
+    """The episodes of rank 0 and of rank 1, with a different number of steps."""
+    return (random_batch([7, 2, 5], ["truncated", "terminated", "terminated"], seed=1),
+            random_batch([7, 1], ["terminated", "truncated"], seed=2))
+
+
+def be_a_rank(folder):
+    """What each of two processes does in the test below."""
+    with qmix.process_group():
+        team, target, cfg = make_team(small()).double(), make_team(small(), seed=5).double(), small(grad_clip=1.0)
+        stats = qmix.gradient_step(team, target, qmix.make_optimizer(team, cfg), halves()[qmix.rank()], cfg)
+        run = qmix.Run(qmix.Config(env="skirmish:3m", num_envs=2, batch_size=3, buffer_size=8, device="cpu", threads=1))
+        while run.counts["updates"] < 4:
+            run.learn(run.updates_due()) if run.updates_due() > 0 else run.play()
+        torch.save(dict(team=team.state_dict(), stats=stats, run=run.team.state_dict(), counts=run.counts,
+                        replay=run.replay.data["obs"]), Path(folder) / f"{qmix.rank()}.pt")
+
+
+def test_two_ranks_do_what_one_process_does_with_both_batches(tmp_path):
+    """Catches: gradients that are summed or not weighted by steps, clipping before averaging, ranks that drift apart
+    or that play the same episodes."""
+    for process in [*start_ranks(["-c", f"import test_qmix; test_qmix.be_a_rank({str(tmp_path)!r})"], tmp_path)]:
+        assert process.wait(120) == 0, (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    team, target, cfg = make_team(small()).double(), make_team(small(), seed=5).double(), small(grad_clip=1.0)
+    both = {name: torch.cat(parts) for name, *parts in zip(halves()[0], *(half.values() for half in halves()))}
+    stats = qmix.gradient_step(team, target, qmix.make_optimizer(team, cfg), both, cfg)
+    assert stats[1] > 1.0  # or clipping would not show
+    torch.testing.assert_close([one["stats"], *one["team"].values()], [stats, *team.state_dict().values()])
+    assert one["counts"] == other["counts"] and one["counts"]["episodes"] == 4 * (one["counts"]["episodes"] // 4)
+    assert all(torch.equal(one["run"][name], other["run"][name]) for name in one["run"])
+    assert not torch.equal(one["replay"], other["replay"])
+
+
+def test_rank_0_alone_writes_and_a_dead_rank_ends_the_run(tmp_path):
+    """Catches: two writers of one file, results printed twice, a rank that waits forever for one that is gone."""
+    flags = "qmix.py --env two-step --device cpu --checkpoint-seconds 0 --out".split()
+    for process in [*start_ranks([*flags, tmp_path / "run", "--total-steps", 2000], tmp_path)]:
+        assert process.wait(120) == 0, (tmp_path / "err0").read_text() + (tmp_path / "err1").read_text()
+    facts = json.loads((tmp_path / "out0").read_text().splitlines()[-1].removeprefix("result: "))
+    assert facts["env_steps"] == 2000 and facts["episodes"] == 1000 and facts["updates"] == (500 - 32) / 2 + 1
+    assert (tmp_path / "out1").read_text() == (tmp_path / "err1").read_text() == ""
+    for victim in (1, 0):
+        out = tmp_path / f"dies{victim}"
+        processes = [*start_ranks([*flags, out, "--total-steps", 10**9], tmp_path)]
+        while not (out / "checkpoint.pt").exists():
+            assert processes[0].poll() is None
+            time.sleep(0.1)
+        processes[victim].kill()
+        assert processes[1 - victim].wait(60) == 1
+        lines = (tmp_path / f"err{1 - victim}").read_text().strip().splitlines()
+        assert "another process of this run has ended" in lines[-1] and not any("Traceback" in line for line in lines)
+        assert processes[victim].wait(60) == -signal.SIGKILL
+        qmix.read_checkpoint(out / "checkpoint.pt")
 
 
 # ------------------------------------------------------------------------------------------------- the reader's own
