@@ -47,10 +47,13 @@ two-step: .venv/installed  ## under a minute: the paper's two-step game, six alg
 plot: .venv/installed  ## redraws the figures in docs/ from their CSVs
 	$(RUN) docs/plot.py
 
+bench: .venv/installed  ## what is how fast: learner, environments, whole runs; writes docs/bench.md
+	$(RUN) docs/bench.py
+
 lint: .venv/installed  ## ruff
 	.venv/bin/ruff check .
 
 clean:           ## removes .venv and caches; runs/ stays
 	rm -rf .venv __pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help install install-ma-gym install-smac train test skirmish smac smoke two-step plot lint clean
+.PHONY: help install install-ma-gym install-smac train test skirmish smac smoke two-step plot bench lint clean

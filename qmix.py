@@ -34,6 +34,7 @@ import json
 import math
 import os
 import platform
+import resource
 import signal
 import sys
 import threading
@@ -126,6 +127,8 @@ class Config:
     """share of random actions after epsilon_anneal_steps"""
     epsilon_anneal_steps: int = 50_000
     """environment steps over which epsilon falls linearly"""
+    epsilon_spread: float = 0.0
+    """above 0: environments explore differently, the first with epsilon_finish, the last with this (Ape-X)"""
     double_q: bool = True
     """the live network chooses the next action, the target network values it; off: plain maximum, Eq. 6"""
     td_lambda: float = 0.0
@@ -162,9 +165,9 @@ class Config:
             lr=(1e-12, 10), checkpoint_seconds=(0, 1e6),
             batch_size=(1, 10**6), buffer_size=(1, 10**8), episodes_per_update=(1e-3, 1e6),
             target_update_episodes=(1, 10**9), target_tau=(0, 1), epsilon_start=(0, 1), epsilon_finish=(0, 1),
-            epsilon_anneal_steps=(1, 10**12), td_lambda=(0, 1), reward_scale=(1e-9, 1e9), grad_clip=(1e-9, 1e9),
-            hidden_dim=(1, 10**5), mixing_dim=(1, 10**5), hypernet_dim=(0, 10**5), test_interval_steps=(1, 10**12),
-            test_episodes=(1, 10**6))
+            epsilon_anneal_steps=(1, 10**12), epsilon_spread=(0, 1), td_lambda=(0, 1), reward_scale=(1e-9, 1e9),
+            grad_clip=(1e-9, 1e9), hidden_dim=(1, 10**5), mixing_dim=(1, 10**5), hypernet_dim=(0, 10**5),
+            test_interval_steps=(1, 10**12), test_episodes=(1, 10**6))
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             flag = "--" + name.replace("_", "-")
@@ -180,12 +183,19 @@ class Config:
             if getattr(self, name) > self.buffer_size:
                 raise UsageError(f"--{name.replace('_', '-')} ({getattr(self, name)}) must not be larger than "
                                  f"--buffer-size ({self.buffer_size})")
+        if self.epsilon_spread > 0 and not 0 < self.epsilon_finish <= self.epsilon_spread:
+            raise UsageError(f"--epsilon-finish ({self.epsilon_finish}) must lie above 0, and not above "
+                             f"--epsilon-spread ({self.epsilon_spread})")
         return self
 
-    def epsilon(self, env_steps: int) -> float:
-        """Share of random actions, linear from start to finish."""
+    def epsilon(self, env_steps: int) -> Tensor:
+        """Share of random actions in each environment (num_envs, 1): linear from start to finish, and from there on in
+        geometric steps from finish to spread (Horgan et al. 2018, Ape-X), if that is set."""
         done = min(1.0, env_steps / self.epsilon_anneal_steps)
-        return self.epsilon_start + done * (self.epsilon_finish - self.epsilon_start)
+        epsilon = torch.tensor(self.epsilon_start + done * (self.epsilon_finish - self.epsilon_start))
+        finish, spread = self.epsilon_finish, self.epsilon_spread or self.epsilon_finish
+        shares = torch.linspace(0, 1, self.num_envs).unsqueeze(1)
+        return torch.maximum(epsilon, finish * (spread / finish) ** shares if finish else 0 * shares)
 
 
 # ------------------------------------------------------------------------------------------------------- the networks
@@ -463,10 +473,11 @@ class Replay:
 # ------------------------------------------------------------------------------------------------- acting and rollout
 
 
-def select_actions(q: Tensor, avail: Tensor, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
-    """Epsilon-greedy over available actions; each agent draws for itself. q (B, N, A), avail (B, N, A) -> (B, N)."""
+def select_actions(q: Tensor, avail: Tensor, epsilon: Tensor | None = None, generator=None) -> Tensor:
+    """Epsilon-greedy over available actions; each agent draws for itself. q (B, N, A), avail (B, N, A), epsilon (B, 1)
+    or None: greedy. Returns (B, N) int64."""
     greedy = q.masked_fill(~avail, -math.inf).argmax(-1)
-    if epsilon == 0:
+    if epsilon is None:
         return greedy
     noise = torch.rand(q.shape, generator=generator, device=q.device)
     random = noise.masked_fill(~avail, -1.0).argmax(-1)  # uniform over what is available
@@ -475,7 +486,7 @@ def select_actions(q: Tensor, avail: Tensor, epsilon: float, generator: torch.Ge
 
 
 @torch.no_grad()
-def act(agent: Agent, obs: Tensor, avail: Tensor, memory=None, epsilon: float = 0.0, generator=None):
+def act(agent: Agent, obs: Tensor, avail: Tensor, memory=None, epsilon: Tensor | None = None, generator=None):
     """One step of B teams: obs (B, N, O), avail (B, N, A) -> actions (B, N) int64, and the memory for the next step.
 
     `memory` is (hidden, last actions); None starts an episode. Uses nothing but each agent's own history.
@@ -718,12 +729,12 @@ class Run:
         self.stats: list[list[float]] = []  # of the updates since the last row: loss, grad_norm, q_taken, target
         self.clock, self.seconds, self.started = Clock(), 0.0, time.perf_counter()
 
-    def policy(self, epsilon: float):
+    def policy(self, epsilon: Tensor | None = None):
         """What `rollout` asks for actions."""
         if self.cfg.algo == "heuristic":
             return lambda step, memory: (self.env.heuristic(), None)
         if self.cfg.algo == "random":
-            epsilon = 1.0
+            epsilon = torch.ones(1, 1, device=self.device)
         return lambda step, memory: act(self.team.agent, step.obs, step.avail, memory, epsilon,
                                         self.generators["explore"])
 
@@ -747,7 +758,7 @@ class Run:
 
     def play(self) -> None:
         """One round: each environment plays an episode, which goes into the replay."""
-        policy = self.policy(self.cfg.epsilon(self.counts["env_steps"]))
+        policy = self.policy(self.cfg.epsilon(self.counts["env_steps"]).to(self.device))
         episodes, lengths, facts = rollout(self.env, policy, self.clock)
         if self.learns:
             self.replay.add(episodes, lengths)
@@ -792,13 +803,13 @@ class Run:
 
     def test(self) -> dict:
         """Greedy episodes; returns a row of metrics.csv."""
-        facts = greedy_episodes(self.env, self.policy(epsilon=0.0), self.cfg.test_episodes)
+        facts = greedy_episodes(self.env, self.policy(), self.cfg.test_episodes)
         mean = {name: values.mean().item() for name, values in facts.items()}
         now, last = self.seconds_now(), self.rows[-1] if self.rows else dict(env_steps=0, seconds=0.0)
         steps, seconds = self.counts["env_steps"], max(now - last["seconds"], 1e-9)
         means = np.mean(self.stats, axis=0).tolist() if self.stats else [None] * 4
         row = dict(zip(COLUMNS, (
-            steps, self.counts["episodes"], self.counts["updates"], now, self.cfg.epsilon(steps),
+            steps, self.counts["episodes"], self.counts["updates"], now, self.cfg.epsilon(steps).mean().item(),
             np.mean(self.returns).item() if self.returns else None, mean["return"],
             facts["return"].std(correction=0).item(), mean.get("battle_won"), *means,
             (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()),
@@ -863,6 +874,14 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most that this process has held; its environments' own processes come on top."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
+    text = f"{peak / 2**20:,.0f} MiB"
+    return text + (f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB on {device}"
+                   if device.type == "cuda" else "")
 
 
 def against_known(value: float, env, more: bool = False) -> str:
@@ -1024,6 +1043,7 @@ def train(cfg: Config, resume: bool = False) -> dict:
         run.env.close()
     last = run.rows[-1]
     print(f"after {last['env_steps']} steps: greedy " + against_known(last["test_return"], run.env, more=True))
+    print(f"peak memory: {peak_memory(run.device)}")
     facts = dict(env=cfg.env, algo=cfg.algo, seed=cfg.seed, env_steps=last["env_steps"], episodes=last["episodes"],
                  updates=last["updates"], seconds=round(last["seconds"], 2), test_return=last["test_return"],
                  test_win_rate=last["test_win_rate"], best_test_return=run.best, out=str(out))

@@ -1,6 +1,7 @@
 """Each test names the mistake it would catch and compares with something independent of the code it tests."""
 
 import copy
+import importlib.util
 import itertools
 import json
 import math
@@ -259,19 +260,25 @@ def test_epsilon_greedy_draws_per_agent_over_available_actions():
     """Catches: one epsilon draw for the whole team, exploration over unavailable actions, a biased choice."""
     q = torch.tensor([[9.0, 5.0, 1.0, 0.0]]).expand(40_000, 2, 4)  # action 0 looks best but is not available
     avail = torch.tensor([False, True, True, True]).expand(40_000, 2, 4)
-    actions = qmix.select_actions(q, avail, 0.5, torch.Generator().manual_seed(0))
+    actions = qmix.select_actions(q, avail, torch.tensor([[0.5]]), torch.Generator().manual_seed(0))
     assert (actions > 0).all()
     share = torch.stack([(actions == u).float().mean(0) for u in (1, 2, 3)])  # (3, N)
     torch.testing.assert_close(share, torch.tensor([[2 / 3], [1 / 6], [1 / 6]]).expand(3, 2), atol=0.01, rtol=0)
     both = ((actions == 1).all(-1)).float().mean().item()
     assert both == pytest.approx(4 / 9, abs=0.01)  # independent; one draw for the team would give (1 + 1/9) / 2 = 0.56
-    assert (qmix.select_actions(q, avail, 0.0) == 1).all()
+    assert (qmix.select_actions(q, avail) == 1).all()
+    each = qmix.select_actions(q[:20_000], avail[:20_000], torch.tensor([[0.0], [0.6]]).repeat(10_000, 1))
+    assert (each[0::2] == 1).all() and (each[1::2] > 1).float().mean().item() == pytest.approx(0.4, abs=0.01)
 
 
 def test_epsilon_schedule():
     """Catches: a schedule counted in episodes, that overshoots, or that starts anywhere but at the start."""
     cfg = qmix.Config(env="smac:3m", epsilon_start=0.9, epsilon_finish=0.1, epsilon_anneal_steps=1000)
-    assert [cfg.epsilon(n) for n in (0, 500, 1000, 10**9)] == pytest.approx([0.9, 0.5, 0.1, 0.1])
+    for steps, share in ((0, 0.9), (500, 0.5), (1000, 0.1), (10**9, 0.1)):
+        torch.testing.assert_close(cfg.epsilon(steps), torch.full((8, 1), share))
+    cfg = qmix.Config(env="smac:3m", num_envs=4, epsilon_finish=0.01, epsilon_spread=0.27, epsilon_anneal_steps=1000)
+    torch.testing.assert_close(cfg.epsilon(10**6), torch.tensor([[0.01], [0.03], [0.09], [0.27]]))
+    torch.testing.assert_close(cfg.epsilon(900), torch.tensor([[0.109], [0.109], [0.109], [0.27]]))
 
 
 # ---------------------------------------------------------------------------------------------------- replay, rollout
@@ -314,7 +321,8 @@ class Script:
 def play_random(env, seed=0):
     agent = qmix.Agent(env.obs_dim, env.n_actions, env.n_agents, 8)
     generator = torch.Generator().manual_seed(seed)
-    return qmix.rollout(env, lambda step, memory: qmix.act(agent, step.obs, step.avail, memory, 1.0, generator))
+    return qmix.rollout(env, lambda step, memory: qmix.act(agent, step.obs, step.avail, memory, torch.ones(1, 1),
+                                                              generator))
 
 
 def test_rollout_stores_what_happened_and_masks_the_rest():
@@ -435,7 +443,7 @@ def test_a_run_that_stops_after_every_move_equals_one_that_never_stops(tmp_path)
             else:
                 run.play()
             if again:
-                qmix.write_checkpoint(tmp_path / "c.pt", run.state_dict())
+                qmix.write_checkpoint(tmp_path / "c.pt", run.state_dict)
                 run = qmix.Run(run.cfg)
                 run.load_state_dict(qmix.read_checkpoint(tmp_path / "c.pt"))
 
@@ -606,6 +614,7 @@ def trained(tmp_path_factory):
     ("--env nowhere", "two-step"), ("--algo ppo", "qmix-lin"), ("--env checkers-v9", "checkers"), ("--nope 3", "nope"),
     ("--lr nan", "lr"), ("--lr -1", "lr"), ("--lr fast", "lr"), ("--gamma 1.5", "gamma"), ("--num-envs 0", "num-envs"),
     ("--total-steps 1.5", "total-steps"), ("--seed -1", "seed"), ("--epsilon-start 2", "epsilon-start"),
+    ("--epsilon-spread 0.001", "epsilon-finish"),
     ("--batch-size 9999", "buffer-size"), ("--buffer-size 100000000", "GiB"), ("--device cuda:77", "cuda"),
     ("--device tpu", "tpu"), ("--algo heuristic", "heuristic"), ("--optimizer sgd", "adam"), ("--lr", "lr"),
     ("--resume /nowhere", "/nowhere"), ("--evaluate /nowhere", "/nowhere"), ("--record x.gif", "--evaluate"),
@@ -706,6 +715,27 @@ def test_presets_and_explicit_values():
     assert qmix.parse(["--env", "two-step"]).config.buffer_size == 500
     with pytest.raises(UsageError, match="unknown setting"):
         qmix.Config(batchsize=3)
+
+
+# -------------------------------------------------------------------------------------------------- speed and memory
+
+
+def test_bench_compares_equal_updates():
+    """Catches: a learner that is fast because it computes something else (the losses are compared inside)."""
+    spec = importlib.util.spec_from_file_location("bench", HERE / "docs" / "bench.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    sizes = dict(n_agents=2, n_actions=3, obs_dim=4, state_dim=5, T=20)
+    found = bench.compare_learners(sizes, torch.device("cpu"), share=0.4)
+    assert len(found) == 4 and min(found.values()) > 0
+
+
+def test_replay_says_how_many_bytes_it_holds(capsys):
+    """Catches: a figure that forgets a tensor, a row or a dtype (at most 5 % off)."""
+    replay = qmix.Replay(envs.make("skirmish:3m", 1), 50, torch.device("cpu"))
+    told = float(capsys.readouterr().out.split(", ")[1].split(" MiB")[0]) * 2**20
+    held = sum(data.untyped_storage().nbytes() for data in (*replay.data.values(), replay.lengths))
+    assert told == pytest.approx(held, rel=0.05) and replay.bytes == pytest.approx(held, rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------------- several processes
