@@ -80,22 +80,24 @@ class TwoStep:
         payoff = [[[0, 0], [0, 0]], [[7, 7], [7, 7]], [[0, 1], [1, 8]]]  # [state][agent 1's action][agent 2's action]
         self.payoff = torch.tensor(payoff, dtype=torch.float32, device=self.device)
         self.one_hot = torch.eye(3, device=self.device)
+        self.where = torch.zeros(n_envs, dtype=torch.int64, device=self.device)  # (B,) 0 is state 1, then 2A, 2B
+        self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def reset(self):
-        self.steps = 0
-        self.where = torch.zeros(self.n_envs, dtype=torch.int64, device=self.device)  # (B,) 0 is state 1, then 2A, 2B
+        self.steps.zero_()
+        self.where.zero_()
         return self._step(torch.zeros(self.n_envs, device=self.device))
 
     def step(self, actions):
         reward = self.payoff[self.where, actions[:, 0], actions[:, 1]]
-        self.where = torch.where(self.where == 0, 1 + actions[:, 0], self.where)
+        self.where.copy_(torch.where(self.where == 0, 1 + actions[:, 0], self.where))
         self.steps += 1
         return self._step(reward)
 
     def _step(self, reward):
         state = self.one_hot[self.where]
         avail = torch.ones(self.n_envs, 2, 2, dtype=torch.bool, device=self.device)
-        terminated = torch.full((self.n_envs,), self.steps >= 2, device=self.device)
+        terminated = (self.steps >= 2).repeat(self.n_envs)
         return Step(state[:, None].repeat(1, 2, 1), state, avail, reward, terminated, torch.zeros_like(terminated), {})
 
     def close(self):
@@ -153,6 +155,9 @@ class Checkers:
         self.fixed = torch.tensor(fixed, device=self.device)          # (24 * 24, N, O)
         self.source = torch.tensor(source, device=self.device)        # (24 * 24, N * O)
         self.obs_dim = self.fixed.shape[-1]
+        self.pair = torch.zeros(n_envs, dtype=torch.int64, device=self.device)        # (B,)
+        self.board = torch.ones(n_envs, 20, device=self.device)                       # (B, 18 food + clock + nothing)
+        self.steps = torch.zeros((), dtype=torch.int64, device=self.device)           # shared: all run in lockstep
 
     def _target(self, cell, move, other):
         target = (cell[0] + move[0], cell[1] + move[1])
@@ -169,20 +174,19 @@ class Checkers:
         return view + [(0.0, self.clock)] * (self.variant in (2, 3))
 
     def reset(self):
-        self.steps = 0                                                                # shared: all run in lockstep
-        start = self.cells.index((0, 6)) * 24 + self.cells.index((2, 6))
-        self.pair = torch.full((self.n_envs,), start, device=self.device)             # (B,)
-        self.board = torch.ones(self.n_envs, 20, device=self.device)                  # (B, 18 food + clock + nothing)
+        self.steps.zero_()
+        self.pair.fill_(self.cells.index((0, 6)) * 24 + self.cells.index((2, 6)))
+        self.board.fill_(1)
         self.board[:, self.clock:] = 0
         return self._step(torch.zeros(self.n_envs, device=self.device))
 
     def step(self, actions):
-        self.pair = self.next_pair[(self.pair * 5 + actions[:, 0]) * 5 + actions[:, 1]]
+        self.pair.copy_(self.next_pair[(self.pair * 5 + actions[:, 0]) * 5 + actions[:, 1]])
         entered = self.entered[self.pair]                                             # (B, 2) columns of the board
         reward = (self.board.gather(1, entered) * self.value[self.pair]).sum(1) - 0.02
         self.board.scatter_(1, entered, 0)
         self.steps += 1
-        self.board[:, self.clock].fill_(self.steps / self.episode_limit)
+        self.board[:, self.clock] = self.steps / self.episode_limit
         return self._step(reward)
 
     def _step(self, reward):

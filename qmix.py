@@ -103,6 +103,8 @@ class Config:
     """learning rate"""
     lr_anneal: bool = False
     """let the learning rate fall to a tenth over the second half of the run"""
+    compile: bool = False
+    """on a GPU: record acting, the environment's step and the update as CUDA graphs; elsewhere a line says it cannot"""
     threads: int = 0
     """CPU threads; 0: as many as torch takes by itself"""
     optimizer: str = "rmsprop"
@@ -445,15 +447,24 @@ class Replay:
         self.lengths[rows] = lengths[-self.capacity:]
         self.added += len(lengths)
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """`batch_size` different episodes, the longest first and all cut to its length; `filled` (B, T) bool marks the
-        steps that happened. `generator` is on the host, as the `lengths` (B,) are: no need to wait for the device."""
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows and lengths of `batch_size` different episodes, the longest first, (B,) each. They and the generator are
+        on the host, so that nothing waits for the device."""
         rows = torch.randperm(len(self), generator=generator)[:batch_size]
         lengths, order = self.lengths[rows].sort(descending=True, stable=True)
-        rows, T = rows[order], int(lengths[0])
-        batch = {name: data[:, : T + 1 if name in ("obs", "state", "avail") else T][rows.to(self.device)]
+        return rows[order], lengths
+
+    def episodes(self, rows: Tensor, lengths: Tensor, T: int) -> dict[str, Tensor]:
+        """Their first T steps. rows and lengths on the device; `filled` (B, T) bool marks the steps that happened."""
+        batch = {name: data[:, : T + 1 if name in ("obs", "state", "avail") else T][rows]
                  for name, data in self.data.items()}
-        return batch | {"lengths": lengths, "filled": (torch.arange(T) < lengths[:, None]).to(self.device)}
+        return batch | {"filled": torch.arange(T, device=self.device) < lengths[:, None]}
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """`batch_size` different episodes, the longest first and all cut to its length."""
+        rows, lengths = self.draw(batch_size, generator)
+        batch = self.episodes(rows.to(self.device), lengths.to(self.device), int(lengths[0]))
+        return batch | {"lengths": lengths}  # on the host
 
     def state_dict(self) -> dict:
         """The rows in use, without their padding."""
@@ -604,9 +615,12 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
 
 def make_optimizer(team: Team, cfg: Config) -> torch.optim.Optimizer:
     """For the agent's parameters and the mixer's."""
+    device = next(team.parameters()).device
+    recorded = cfg.compile and device.type == "cuda"  # then the learning rate too has its place on the device
+    lr = torch.tensor(cfg.lr, device=device) if recorded else cfg.lr
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(team.parameters(), lr=cfg.lr, fused=True)
-    return torch.optim.RMSprop(team.parameters(), lr=cfg.lr, alpha=0.99, eps=1e-5)  # the authors'
+        return torch.optim.Adam(team.parameters(), lr=lr, fused=True, capturable=recorded)
+    return torch.optim.RMSprop(team.parameters(), lr=lr, alpha=0.99, eps=1e-5, capturable=recorded)  # the authors'
 
 
 def gradient_step(team: Team, target_team: Team, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
@@ -622,6 +636,55 @@ def gradient_step(team: Team, target_team: Team, optimizer: torch.optim.Optimize
     grad_norm = nn.utils.clip_grad_norm_(team.parameters(), cfg.grad_clip)
     optimizer.step()
     return torch.stack([loss, grad_norm, means["q_taken"], means["target"]])
+
+
+# ---------------------------------------------------------------------------------------------- CUDA graphs (--compile)
+
+
+def cloned(value):
+    """Tensors, alone or in tuples, dicts and Steps, as copies of their own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {name: cloned(part) for name, part in value.items()}
+    return type(value)(*map(cloned, value)) if isinstance(value, envs.Step) else tuple(map(cloned, value))
+
+
+class Recorded:
+    """A function of tensors as a CUDA graph: one launch instead of one per operation.
+
+    Shapes must stay the same, and what the function changes it must change in place; `generator` is what it draws from.
+    Two calls run as they are, for the libraries to make up their minds; the third records. On the CPU nothing is
+    recorded, but inputs have their fixed places too.
+    """
+
+    def __init__(self, function, generator: torch.Generator | None = None):
+        self.function, self.generator, self.calls, self.graph = function, generator, 0, None
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 1:
+            self.inputs = cloned(inputs)
+        for place, value in zip(self.inputs, inputs):
+            place.copy_(value)
+        if self.calls == 3 and self.inputs[0].is_cuda:
+            self.record()
+        if self.graph is None:
+            return self.function(*self.inputs)
+        self.graph.replay()
+        return cloned(self.outputs)
+
+    def record(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            if self.generator is not None:
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):  # this runs nothing yet
+                self.outputs = self.function(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            print(f"--compile: {getattr(self.function, '__name__', 'function')} cannot be recorded, going on without: "
+                  f"{first_line(error)}")
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -720,6 +783,12 @@ class Run:
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
         self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(explore),
                            "sample": torch.Generator().manual_seed(sample)}
+        self.act, self.act_greedily, self.update = self.explore, self.exploit, None
+        if cfg.compile:
+            if self.device.type == "cuda" and not dist.is_initialized():
+                self.record()
+            else:
+                print("--compile: CUDA graphs are for one process on a GPU; going on without")
         self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)  # steps and episodes of all ranks
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.waiting = self.ranks  # ranks whose replay does not hold a batch yet
@@ -729,14 +798,36 @@ class Run:
         self.stats: list[list[float]] = []  # of the updates since the last row: loss, grad_norm, q_taken, target
         self.clock, self.seconds, self.started = Clock(), 0.0, time.perf_counter()
 
+    def explore(self, obs: Tensor, avail: Tensor, hidden: Tensor, last_actions: Tensor, epsilon: Tensor):
+        return act(self.team.agent, obs, avail, (hidden, last_actions), epsilon, self.generators["explore"])
+
+    def exploit(self, obs: Tensor, avail: Tensor, hidden: Tensor, last_actions: Tensor):
+        return act(self.team.agent, obs, avail, (hidden, last_actions))
+
     def policy(self, epsilon: Tensor | None = None):
-        """What `rollout` asks for actions."""
+        """What `rollout` asks for actions; epsilon (B, 1), None: greedy."""
         if self.cfg.algo == "heuristic":
             return lambda step, memory: (self.env.heuristic(), None)
         if self.cfg.algo == "random":
             epsilon = torch.ones(1, 1, device=self.device)
-        return lambda step, memory: act(self.team.agent, step.obs, step.avail, memory, epsilon,
-                                        self.generators["explore"])
+        B, N = self.env.n_envs, self.env.n_agents
+        start = (torch.zeros(1, B * N, self.cfg.hidden_dim, device=self.device),
+                 torch.full((B, N), -1, device=self.device))
+        if epsilon is None:
+            return lambda step, memory: self.act_greedily(step.obs, step.avail, *(memory or start))
+        return lambda step, memory: self.act(step.obs, step.avail, *(memory or start), epsilon)
+
+    def update_from(self, rows: Tensor, lengths: Tensor) -> Tensor:
+        batch = self.replay.episodes(rows, lengths, self.env.episode_limit)  # uncut: shapes must not change
+        return gradient_step(self.team, self.target_team, self.optimizer, batch, self.cfg)
+
+    def record(self) -> None:
+        """Have the CUDA graphs made (--compile)."""
+        self.act = Recorded(self.explore, self.generators["explore"])
+        self.act_greedily = Recorded(self.exploit)
+        self.update = Recorded(self.update_from)
+        if not isinstance(self.env, envs.Workers):
+            self.env.step = Recorded(self.env.step, self.env.generator)
 
     # What there is to do, in this order: the updates that are due, the evaluation that is due, more episodes.
 
@@ -772,13 +863,16 @@ class Run:
     def learn(self, updates: int) -> None:
         """Gradient steps on Eq. 6, and the target's copies between them."""
         cfg, stats = self.cfg, []
-        if cfg.lr_anneal:
-            for group in self.optimizer.param_groups:
-                done = 2 * self.counts["env_steps"] / cfg.total_steps - 1  # 0 .. 1 over the second half
-                group["lr"] = cfg.lr * (1 - 0.9 * min(max(done, 0.0), 1.0))
+        done = 2 * self.counts["env_steps"] / cfg.total_steps - 1  # 0 .. 1 over the second half
+        lr = cfg.lr * (1 - 0.9 * min(max(done, 0.0), 1.0)) if cfg.lr_anneal else cfg.lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         for _ in range(updates):
-            batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
-            stats.append(gradient_step(self.team, self.target_team, self.optimizer, batch, cfg))
+            if self.update:
+                stats.append(self.update(*self.replay.draw(cfg.batch_size, self.generators["sample"])))
+            else:
+                batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
+                stats.append(gradient_step(self.team, self.target_team, self.optimizer, batch, cfg))
             self.counts["updates"] += 1
             self.update_target()
         stats = torch.stack(stats).tolist()  # the round's one wait for the device
@@ -839,6 +933,8 @@ class Run:
         self.team.load_state_dict(saved["team"])
         self.target_team.load_state_dict(saved["target_team"])
         self.optimizer.load_state_dict(saved["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, make_optimizer(self.team, self.cfg).param_groups):
+            group["lr"], group["capturable"] = own["lr"], own["capturable"]  # these go with the device
         if rank() == 0:
             for name, generator in self.generators.items():
                 generator.set_state(saved["generators"][name])

@@ -25,6 +25,7 @@ from envs import (
     Skirmish,
     TwoStep,
     UsageError,
+    make,
 )
 
 torch.set_num_threads(1)
@@ -711,12 +712,16 @@ def test_a_step_never_waits_for_the_device():
         assert step.obs.shape == (4, 9, env.obs_dim)
 
 
-def test_facts_stay_where_they_are():
-    """Catches a fact that a step replaces rather than updates: a CUDA graph would go on reading the old one."""
-    env = Skirmish("2s3z", 4)
-    env.reset()
+@pytest.mark.parametrize("name", ["two-step", "checkers-v3", "skirmish:2s3z"])
+def test_facts_stay_where_they_are(name):
+    """Catches a fact that a step replaces rather than updates: a CUDA graph would go on reading the old one. And one
+    that is no tensor: a graph would never see it change."""
+    env = make(name, 4)
     facts = {name: fact.data_ptr() for name, fact in vars(env).items() if isinstance(fact, torch.Tensor)}
-    env.step(env.heuristic())
+    others = {name: fact for name, fact in vars(env).items() if name not in facts and name != "generator"}
+    step = env.reset()
+    env.step(torch.rand(step.avail.shape).masked_fill(~step.avail, -1).argmax(-1))
+    assert all(getattr(env, name) is fact for name, fact in others.items())
     assert facts == {name: fact.data_ptr() for name, fact in vars(env).items() if isinstance(fact, torch.Tensor)}
 
 

@@ -730,6 +730,27 @@ def test_bench_compares_equal_updates():
     assert len(found) == 4 and min(found.values()) > 0
 
 
+@pytest.mark.parametrize("env, algo", [("skirmish:3m", "qmix"), ("checkers-v2", "iql"), ("two-step", "vdn")])
+def test_what_a_cuda_graph_records_gives_the_same_numbers(env, algo):
+    """Catches: a constant that changes later (epsilon, the batch, the learning rate), a state outside of the graph's
+    fixed places, an uncut batch that is not masked. Nothing is recorded here, but the places are the graph's."""
+    runs = [qmix.Run(qmix.Config(env=env, algo=algo, num_envs=4, batch_size=6, buffer_size=20, episodes_per_update=2,
+                                 device="cpu", total_steps=1500, lr_anneal=True)) for _ in range(2)]
+    runs[1].record()
+    while not runs[0].finished():
+        for run in runs:
+            run.learn(run.updates_due()) if run.updates_due() > 0 else run.play()
+    one, other = ({k: v for k, v in run.test().items() if k not in TIMES and v is not None} for run in runs)
+    assert one["updates"] == other["updates"] > 3 and runs[1].update.calls == one["updates"]
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+def test_compile_says_on_a_cpu_that_it_cannot(capsys):
+    """Catches: a flag that fails, or that does nothing and says nothing."""
+    run = qmix.Run(small(compile=True, device="cpu"))
+    assert "--compile" in capsys.readouterr().out and run.update is None
+
+
 def test_replay_says_how_many_bytes_it_holds(capsys):
     """Catches: a figure that forgets a tensor, a row or a dtype (at most 5 % off)."""
     replay = qmix.Replay(envs.make("skirmish:3m", 1), 50, torch.device("cpu"))

@@ -28,8 +28,8 @@ import qmix  # noqa: E402
 
 HEADS = {
     "learner": "**One learner update**, 32 episodes. Usual: inputs built, GRUCell and the layers around it called at "
-               "each time step, as PyMARL does, with the same weights (that the losses agree is asserted). Last column: the "
-               "time of the update's matrix products alone over the whole.",
+               "each time step, as PyMARL does, with the same weights (the losses agree: it is asserted). Last column: "
+               "the time of the update's matrix products alone over the whole.",
     "environments": "**Environments**: `step` alone, random available actions.",
     "runs": "**Whole runs**, and two processes against one on an environment that computes for 4 ms per step.",
 }
