@@ -201,8 +201,6 @@ class Config:
 
 # ------------------------------------------------------------------------------------------------------- the networks
 
-STRETCH = 16  # steps that go through the network together: few enough for the processor's cache
-
 
 class Agent(nn.Module):
     """DRQN agent, fc - GRU - fc (section 4). All agents share its weights and are told apart by a one-hot id."""
@@ -234,11 +232,12 @@ class Agent(nn.Module):
         (B, T, N, A) and the new hidden.
         """
         (T, R, _), N, q = inputs.shape, self.n_agents, []  # R = B*N
-        for t in range(0, T, STRETCH):
+        stretch = 16 if inputs.device.type == "cpu" else T  # steps at a time: few enough for the processor's cache
+        for t in range(0, T, stretch):
             rows = R if lengths is None else N * int((lengths >= t).sum())
-            x = F.relu(self.fc1(inputs[t:t + STRETCH, :rows]))
+            x = F.relu(self.fc1(inputs[t:t + stretch, :rows]))
             x, hidden = self.gru(x, hidden if hidden is None else hidden[:, :rows])
-            q.append(F.pad(self.fc2(x), (0, 0, 0, R - rows)))  # (STRETCH, B*N, A)
+            q.append(F.pad(self.fc2(x), (0, 0, 0, R - rows)))  # (stretch, B*N, A)
         return torch.cat(q).view(T, R // N, N, -1).transpose(0, 1), hidden  # (B, T, N, A)
 
 
@@ -395,6 +394,8 @@ def process_group():
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
         yield
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
         try:
@@ -653,8 +654,8 @@ class Recorded:
     """A function of tensors as a CUDA graph: one launch instead of one per operation.
 
     Shapes must stay the same, and what the function changes it must change in place; `generator` is what it draws from.
-    Two calls run as they are, for the libraries to make up their minds; the third records. On the CPU nothing is
-    recorded, but inputs have their fixed places too.
+    Two calls run as they are, on a stream aside as torch's notes on CUDA graphs ask; the third records. On the CPU
+    nothing is recorded, but inputs have their fixed places too.
     """
 
     def __init__(self, function, generator: torch.Generator | None = None):
@@ -666,7 +667,14 @@ class Recorded:
             self.inputs = cloned(inputs)
         for place, value in zip(self.inputs, inputs):
             place.copy_(value)
-        if self.calls == 3 and self.inputs[0].is_cuda:
+        if self.inputs[0].is_cuda and self.calls < 3:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                outputs = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(aside)
+            return outputs
+        if self.inputs[0].is_cuda and self.calls == 3:
             self.record()
         if self.graph is None:
             return self.function(*self.inputs)

@@ -7,6 +7,7 @@
 import csv
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -58,40 +59,57 @@ def two_step() -> None:
     figure.savefig(HERE / "two_step.png", dpi=110)
 
 
+def bands(axes, runs: dict, column: str) -> None:
+    """Median and quartiles over the seeds of each algorithm, against environment steps."""
+    for algo in sorted({algo for _, algo, _ in runs}, key=list(COLORS).index):
+        seeds = [run for (_, a, _), run in runs.items() if a == algo]
+        steps = np.linspace(0, min(run["env_steps"][-1] for run in seeds), 60)
+        curves = np.array([np.interp(steps, run["env_steps"], run[column]) for run in seeds])
+        low, median, high = np.quantile(curves, (0.25, 0.5, 0.75), axis=0)
+        axes.plot(steps / 1000, median, color=COLORS[algo], label=f"{algo} ({len(seeds)} seeds)")
+        axes.fill_between(steps / 1000, low, high, color=COLORS[algo], alpha=0.2, linewidth=0)
+    axes.set(xlabel="thousand environment steps")
+
+
 def checkers() -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
+    runs = read("checkers.csv")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.8), layout="constrained", sharey=True)
     levels = {86.26: "86.26 best there is", 83.54: "83.54 best for gamma 0.99", 59.64: "59.64 agent 1 never helps"}
-    for level, text in levels.items():
+    for axes, (level, text) in product((left, right), levels.items()):
         axes.axhline(level, color="black", linewidth=0.6, linestyle=":")
-        axes.text(1, level + (1 if level != 83.54 else -4.2), text, fontsize=8)
-    for (_, algo, seed), run in read("checkers.csv").items():
-        axes.plot(run["seconds"], run["test_return"], color=COLORS[algo], linewidth=1, alpha=0.6,
-                  label=algo if seed == "1" else None)
-    axes.set(xlabel="seconds, two CPU cores", ylabel="greedy return", ylim=(-5, 92),
-             title="Checkers, one line per seed")
-    axes.legend(loc="lower right", fontsize=8)
+        if axes is left:
+            axes.text(1, level + (1 if level != 83.54 else -4.2), text, fontsize=8)
+    for (_, algo, _), run in runs.items():
+        if algo == "qmix":
+            left.plot(run["seconds"], run["test_return"], color=COLORS[algo], linewidth=1, alpha=0.6)
+    left.set(xlabel="seconds, one CPU core", ylabel="greedy return", ylim=(-5, 92), title="Checkers: QMIX, each seed")
+    bands(right, runs, "test_return")
+    right.set(title="Checkers: median and quartiles")
+    right.legend(loc="lower right", fontsize=8, ncol=2)
     figure.savefig(HERE / "checkers.png", dpi=110)
 
 
 def skirmish() -> None:
+    """Figure 3, and figure 4 on the maps where an ablation was run."""
     runs = read("skirmish.csv")
     with open(HERE / "skirmish_heuristic.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["policy"] == "heuristic"]
     heuristic = {row["map"]: float(row["won"]) / 100 for row in rows}
-    maps = list(dict.fromkeys(env for env, _, _ in runs))
-    figure, panels = pyplot.subplots(1, len(maps), figsize=(4 * len(maps), 3.2), layout="constrained", squeeze=False)
-    for axes, env in zip(panels[0], maps):
-        axes.axhline(heuristic[env.split(":")[1]], color="black", linestyle="--", linewidth=1, label="heuristic")
-        for algo in dict.fromkeys(algo for e, algo, _ in runs if e == env):
-            seeds = [run for (e, a, _), run in runs.items() if (e, a) == (env, algo)]
-            steps = np.linspace(0, min(run["env_steps"][-1] for run in seeds), 60)
-            wins = np.array([np.interp(steps, run["env_steps"], run["test_win_rate"]) for run in seeds])
-            low, median, high = np.quantile(wins, (0.25, 0.5, 0.75), axis=0)
-            axes.plot(steps / 1000, median, color=COLORS[algo], label=f"{algo} ({len(seeds)} seeds)")
-            axes.fill_between(steps / 1000, low, high, color=COLORS[algo], alpha=0.2, linewidth=0)
-        axes.set(xlabel="thousand environment steps", ylabel="greedy win rate", ylim=(-0.02, 1.02), title=env)
-        axes.legend(fontsize=8, loc="lower right")
-    figure.savefig(HERE / "skirmish.png", dpi=110)
+    for name, algos in (("skirmish", ("iql", "vdn", "qmix")), ("ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"))):
+        chosen = {key: run for key, run in runs.items() if key[1] in algos}
+        maps = [env for env in dict.fromkeys(env for env, _, _ in chosen)
+                if name == "skirmish" or any(e == env and algo not in ("qmix", "iql", "vdn") for e, algo, _ in chosen)]
+        if not maps:
+            continue
+        figure, panels = pyplot.subplots(1, len(maps), figsize=(max(4 * len(maps), 5), 3.2), layout="constrained",
+                                         squeeze=False, sharey=True)
+        for axes, env in zip(panels[0], maps):
+            axes.axhline(heuristic[env.split(":")[1]], color="black", linestyle="--", linewidth=1, label="heuristic")
+            bands(axes, {key: run for key, run in chosen.items() if key[0] == env}, "test_win_rate")
+            axes.set(ylim=(-0.02, 1.02), title=env)
+            axes.legend(fontsize=8, loc="upper left")
+        panels[0][0].set(ylabel="greedy win rate")
+        figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
 if __name__ == "__main__":
