@@ -876,7 +876,8 @@ class Run:
             group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
         for _ in range(updates):
             if self.update:
-                stats.append(self.update(*self.replay.draw(cfg.batch_size, self.generators["sample"])))
+                drawn = self.replay.draw(cfg.batch_size, self.generators["sample"])
+                stats.append(self.update(*(tensor.to(self.device) for tensor in drawn)))
             else:
                 batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
                 stats.append(gradient_step(self.team, self.target_team, self.optimizer, batch, cfg))
