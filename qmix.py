@@ -715,11 +715,11 @@ COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_retu
            "share_learn", "dead_allies", "dead_enemies", "voided")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a kill at any moment leaves the old one or the new one."""
+def write_whole(path: Path, write) -> None:
+    """Have `write(file)` fill a file, whole or not at all: a kill at any moment leaves the old one or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(content)
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -728,9 +728,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_checkpoint(path: Path, content) -> None:
     """Save what `content()` returns. Rank 0 alone writes."""
     if rank() == 0:
-        buffer = io.BytesIO()
-        torch.save(content(), buffer)
-        write_whole(path, buffer.getbuffer())
+        write_whole(path, lambda file: torch.save(content(), file))
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -1049,7 +1047,7 @@ def write_metrics(path: Path, rows: list[dict]) -> None:
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
 @contextlib.contextmanager
@@ -1068,7 +1066,7 @@ def run_directory(cfg: Config, resume: bool):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
         content = dict(config=dataclasses.asdict(cfg) | {"out": str(out)}, versions=versions)
-        write_whole(out / "config.json", json.dumps(content, indent=2).encode())
+        write_whole(out / "config.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
     except BlockingIOError:
         os.close(lock)
         raise UsageError(f"{out} is in use by another process") from None
