@@ -344,66 +344,6 @@ class Team(nn.Module):
         self.mixer = MIXERS.get(cfg.algo, VDN)(env.n_agents, env.state_dim, cfg)
 
 
-# ---------------------------------------------------------------------------------------------------- several processes
-
-# `torchrun --nproc-per-node=K qmix.py ...`: each process ("rank") plays its own environments and keeps its own replay;
-# gradients and counts are joined, so that all ranks do the same at the same time. Rank 0 alone speaks and writes.
-# Without torchrun there is one rank, and nothing is joined.
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; its last checkpoint is as it was."""
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """In place. Raises TrainingFailed if another rank has ended."""
-    try:
-        if dist.is_initialized():
-            dist.all_reduce(tensor)
-        return tensor
-    except RuntimeError as error:
-        raise TrainingFailed(f"rank {rank()}: another process of this run has ended, so this one ends too; the last "
-                             f"checkpoint is kept ({first_line(error)})") from None
-
-
-def average_over_ranks(tensors: list[Tensor], steps: Tensor) -> None:
-    """Each rank's means over its `steps` become, in place, the means over the steps of all ranks."""
-    if dist.is_initialized():
-        flat = torch.cat([*(tensor.flatten() * steps for tensor in tensors), steps.view(1).to(tensors[0].dtype)])
-        sum_over_ranks(flat)
-        for tensor, mean in zip(tensors, (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def random_seeds(*key: int) -> list[int]:
-    """Three independent seeds: for the environments, exploration, sampling."""
-    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(3, np.uint64)]
-
-
-@contextlib.contextmanager
-def process_group():
-    """Join the other ranks, if torchrun has started any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
-
 # ------------------------------------------------------------------------------------------------------------- replay
 
 
@@ -621,6 +561,69 @@ def make_optimizer(team: Team, cfg: Config) -> torch.optim.Optimizer:
     if cfg.optimizer == "adam":
         return torch.optim.Adam(team.parameters(), lr=lr, fused=True, capturable=recorded)
     return torch.optim.RMSprop(team.parameters(), lr=lr, alpha=0.99, eps=1e-5, capturable=recorded)  # the authors'
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+# `torchrun --nproc-per-node=K qmix.py ...`: each process ("rank") plays its own environments and keeps its own replay;
+# gradients and counts are joined, so that all ranks do the same at the same time. Rank 0 alone speaks and writes.
+# Without torchrun there is one rank, and nothing is joined.
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; its last checkpoint is as it was."""
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """In place. Raises TrainingFailed if another rank has ended."""
+    try:
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+        return tensor
+    except RuntimeError as error:
+        raise TrainingFailed(f"rank {rank()}: another process of this run has ended, so this one ends too; the last "
+                             f"checkpoint is kept ({first_line(error)})") from None
+
+
+def average_over_ranks(tensors: list[Tensor], steps: Tensor) -> None:
+    """Each rank's means over its `steps` become, in place, the means over the steps of all ranks."""
+    if dist.is_initialized():
+        flat = torch.cat([*(tensor.flatten() * steps for tensor in tensors), steps.view(1).to(tensors[0].dtype)])
+        sum_over_ranks(flat)
+        for tensor, mean in zip(tensors, (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def random_seeds(*key: int) -> list[int]:
+    """Three independent seeds: for the environments, exploration, sampling."""
+    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(3, np.uint64)]
+
+
+@contextlib.contextmanager
+def process_group():
+    """Join the other ranks, if torchrun has started any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------- the update
 
 
 def gradient_step(team: Team, target_team: Team, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
