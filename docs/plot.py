@@ -78,7 +78,7 @@ def checkers() -> None:
     for axes, (level, text) in product((left, right), levels.items()):
         axes.axhline(level, color="black", linewidth=0.6, linestyle=":")
         if axes is left:
-            axes.text(1, level + (1 if level != 83.54 else -4.2), text, fontsize=8)
+            axes.text(265, level + (1 if level != 83.54 else -4.2), text, fontsize=8, ha="right")
     for (_, algo, _), run in runs.items():
         if algo == "qmix":
             left.plot(run["seconds"], run["test_return"], color=COLORS[algo], linewidth=1, alpha=0.6)
