@@ -97,8 +97,8 @@ def skirmish() -> None:
     heuristic = {row["map"]: float(row["won"]) / 100 for row in rows}
     for name, algos in (("skirmish", ("iql", "vdn", "qmix")), ("ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"))):
         chosen = {key: run for key, run in runs.items() if key[1] in algos}
-        maps = [env for env in dict.fromkeys(env for env, _, _ in chosen)
-                if name == "skirmish" or any(e == env and algo not in ("qmix", "iql", "vdn") for e, algo, _ in chosen)]
+        maps = [env for env in (f"skirmish:{name}" for name in ("3m", "2s3z", "3s5z", "1c3s5z"))
+                if any(e == env and (name == "skirmish" or algo != "qmix") for e, algo, _ in chosen)]
         if not maps:
             continue
         figure, panels = pyplot.subplots(1, len(maps), figsize=(max(4 * len(maps), 5), 3.2), layout="constrained",
@@ -107,7 +107,7 @@ def skirmish() -> None:
             axes.axhline(heuristic[env.split(":")[1]], color="black", linestyle="--", linewidth=1, label="heuristic")
             bands(axes, {key: run for key, run in chosen.items() if key[0] == env}, "test_win_rate")
             axes.set(ylim=(-0.02, 1.02), title=env)
-            axes.legend(fontsize=8, loc="upper left")
+            axes.legend(fontsize=8, loc="best")
         panels[0][0].set(ylabel="greedy win rate")
         figure.savefig(HERE / f"{name}.png", dpi=110)
 
