@@ -345,8 +345,8 @@ def test_a_game_of_a_killed_worker_is_ended(here, monkeypatch):
 # ---- speed ----------------------------------------------------------------------------------------------------------
 
 def test_eight_workers_are_as_fast_as_the_environment_itself(here, tmp_path, monkeypatch):
-    """Catches: pickled arrays, a worker at a time: 8 environments are at most 15 % slower than the environment's own
-    code alone, run on all cores."""
+    """Catches: pickled arrays, a worker at a time. Issue 4, item 1: 8 environments on the cores there are, not slower
+    per step than the environment itself times the cores, less 15 %."""
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("own", None)
     (tmp_path / f"{envs.__name__}.py").unlink()
@@ -355,24 +355,19 @@ def test_eight_workers_are_as_fast_as_the_environment_itself(here, tmp_path, mon
     env, info = own(busy=str(busy), limit=str(T))
     rows, best = rows_for(info), 0.0
     for _ in range(4):  # the best of four: others may be busy on this machine
-        began, children = time.perf_counter(), []
-        for _ in range(cores):  # all cores, or another program's share of them would count against the workers
-            children.append(os.fork())
-            if children[-1] == 0:
-                for t in range(8 * T // cores):
-                    envs.play("own", env, info, rows, t % T + 1)
-                os._exit(0)
-        assert all(os.waitpid(child, 0)[1] == 0 for child in children)
-        alone = 8 * T // cores * cores / (time.perf_counter() - began)
+        began = time.perf_counter()
+        for t in range(1, T + 1):
+            envs.play("own", env, info, rows, t)
+        alone = T / (time.perf_counter() - began)
         w.reset()
         began = time.perf_counter()
         for _ in range(T):
             w.step(ones(w))
         together = 8 * T / (time.perf_counter() - began)
-        best = max(best, together / alone)
+        best = max(best, together / (alone * cores))
         if best >= 0.85:
             break
-    print(f"{best:.2f} of the environment alone on {cores} cores")
+    print(f"{best:.2f} of {cores} cores")
     assert best >= 0.85
 
 
