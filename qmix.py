@@ -192,11 +192,12 @@ class Config:
     def epsilon(self, env_steps: int) -> Tensor:
         """Share of random actions in each environment (num_envs, 1): linear from start to finish, and from there on in
         geometric steps from finish to spread (Horgan et al. 2018, Ape-X), if that is set."""
-        done = min(1.0, env_steps / self.epsilon_anneal_steps)
-        epsilon = torch.tensor(self.epsilon_start + done * (self.epsilon_finish - self.epsilon_start))
-        finish, spread = self.epsilon_finish, self.epsilon_spread or self.epsilon_finish
-        shares = torch.linspace(0, 1, self.num_envs).unsqueeze(1)
-        return torch.maximum(epsilon, finish * (spread / finish) ** shares if finish else 0 * shares)
+        done, start, finish = min(1.0, env_steps / self.epsilon_anneal_steps), self.epsilon_start, self.epsilon_finish
+        shares = torch.full((self.num_envs, 1), start + done * (finish - start))
+        if self.epsilon_spread:
+            step = torch.linspace(0, 1, self.num_envs).unsqueeze(1)
+            shares = shares.maximum(finish * (self.epsilon_spread / finish) ** step)
+        return shares
 
 
 # ------------------------------------------------------------------------------------------------------- the networks
@@ -535,7 +536,6 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
 
     inputs, lengths = team.agent.inputs(obs, last_actions), batch.get("lengths")
-
     q, _ = team.agent(inputs, lengths=lengths)  # (B, T+1, N, A)
     q_taken = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
     q_tot = team.mixer(q_taken, state[:, :-1])  # (B, T, 1); IQL (B, T, N)
@@ -719,7 +719,10 @@ COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_retu
 
 
 def write_whole(path: Path, write) -> None:
-    """Have `write(file)` fill a file, whole or not at all: a kill at any moment leaves the old one or the new one."""
+    """Have `write(file)` fill a file, whole or not at all: a kill at any moment leaves the old one or the new one.
+    Rank 0 alone writes."""
+    if rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
@@ -729,9 +732,8 @@ def write_whole(path: Path, write) -> None:
 
 
 def write_checkpoint(path: Path, content) -> None:
-    """Save what `content()` returns. Rank 0 alone writes."""
-    if rank() == 0:
-        write_whole(path, lambda file: torch.save(content(), file))
+    """Save what `content()` returns; it is asked only where something is written."""
+    write_whole(path, lambda file: torch.save(content(), file))
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -791,7 +793,7 @@ class Run:
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
         self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(explore),
                            "sample": torch.Generator().manual_seed(sample)}
-        self.act, self.act_greedily, self.update = self.explore, self.exploit, None
+        self.explore, self.exploit, self.update = self.decide, self.decide, None
         if cfg.compile:
             if self.device.type == "cuda" and not dist.is_initialized():
                 self.record()
@@ -799,18 +801,14 @@ class Run:
                 print("--compile: CUDA graphs are for one process on a GPU; going on without")
         self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)  # steps and episodes of all ranks
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.waiting = self.ranks  # ranks whose replay does not hold a batch yet
         self.best = -math.inf
         self.rows: list[dict] = []  # metrics.csv
         self.returns: list[float] = []  # of the training episodes since the last row
         self.stats: list[list[float]] = []  # of the updates since the last row: loss, grad_norm, q_taken, target
         self.clock, self.seconds, self.started = Clock(), 0.0, time.perf_counter()
 
-    def explore(self, obs: Tensor, avail: Tensor, hidden: Tensor, last_actions: Tensor, epsilon: Tensor):
+    def decide(self, obs: Tensor, avail: Tensor, hidden: Tensor, last_actions: Tensor, epsilon: Tensor | None = None):
         return act(self.team.agent, obs, avail, (hidden, last_actions), epsilon, self.generators["explore"])
-
-    def exploit(self, obs: Tensor, avail: Tensor, hidden: Tensor, last_actions: Tensor):
-        return act(self.team.agent, obs, avail, (hidden, last_actions))
 
     def policy(self, epsilon: Tensor | None = None):
         """What `rollout` asks for actions; epsilon (B, 1), None: greedy."""
@@ -822,8 +820,8 @@ class Run:
         start = (torch.zeros(1, B * N, self.cfg.hidden_dim, device=self.device),
                  torch.full((B, N), -1, device=self.device))
         if epsilon is None:
-            return lambda step, memory: self.act_greedily(step.obs, step.avail, *(memory or start))
-        return lambda step, memory: self.act(step.obs, step.avail, *(memory or start), epsilon)
+            return lambda step, memory: self.exploit(step.obs, step.avail, *(memory or start))
+        return lambda step, memory: self.explore(step.obs, step.avail, *(memory or start), epsilon)
 
     def update_from(self, rows: Tensor, lengths: Tensor) -> Tensor:
         batch = self.replay.episodes(rows, lengths, self.env.episode_limit)  # uncut: shapes must not change
@@ -831,8 +829,7 @@ class Run:
 
     def record(self) -> None:
         """Have the CUDA graphs made (--compile)."""
-        self.act = Recorded(self.explore, self.generators["explore"])
-        self.act_greedily = Recorded(self.exploit)
+        self.explore, self.exploit = Recorded(self.decide, self.generators["explore"]), Recorded(self.decide)
         self.update = Recorded(self.update_from)
         if not isinstance(self.env, envs.Workers):
             self.env.step = Recorded(self.env.step, self.env.generator)
@@ -841,7 +838,7 @@ class Run:
 
     def updates_due(self) -> int:
         """One update once each replay holds a batch, then one per `episodes_per_update` episodes of a rank."""
-        if not self.learns or self.waiting:
+        if not self.learns or sum_over_ranks(torch.tensor(int(len(self.replay) < self.cfg.batch_size))) > 0:
             return 0
         new = self.counts["episodes"] / self.ranks - self.cfg.batch_size
         return int(new / self.cfg.episodes_per_update) + 1 - self.counts["updates"]
@@ -861,11 +858,9 @@ class Run:
         episodes, lengths, facts = rollout(self.env, policy, self.clock)
         if self.learns:
             self.replay.add(episodes, lengths)
-        ready = self.learns and len(self.replay) >= self.cfg.batch_size
-        steps, played, ready = sum_over_ranks(torch.tensor([lengths.sum(), len(lengths), ready])).tolist()
+        steps, played = sum_over_ranks(torch.tensor([lengths.sum(), len(lengths)])).tolist()
         self.counts["env_steps"] += steps
         self.counts["episodes"] += played
-        self.waiting = self.ranks - ready
         self.returns += facts["return"].tolist()
 
     def learn(self, updates: int) -> None:
@@ -953,8 +948,6 @@ class Run:
             for generator, seed in zip(self.generators.values(),
                                        random_seeds(self.cfg.seed, rank(), saved["counts"]["env_steps"])):
                 generator.manual_seed(seed)
-        if self.learns and self.ranks == 1:
-            self.waiting = int(len(self.replay) < self.cfg.batch_size)
         for name in ("counts", "best", "rows", "returns", "stats", "seconds"):
             setattr(self, name, saved[name])
         self.clock.seconds = saved["clock"]
@@ -1103,9 +1096,8 @@ def go_on(run: Run, out: Path, stop: StopRequest, report: Report) -> None:
             if row["test_return"] > run.best:
                 run.best = row["test_return"]
                 write_checkpoint(out / "best.pt", run.weights)
-            if rank() == 0:
-                write_metrics(out / "metrics.csv", run.rows)
-                report.row(row)
+            write_metrics(out / "metrics.csv", run.rows)
+            report.row(row)
         elif run.finished():
             break
         else:

@@ -276,6 +276,8 @@ def test_epsilon_schedule():
     cfg = qmix.Config(env="smac:3m", epsilon_start=0.9, epsilon_finish=0.1, epsilon_anneal_steps=1000)
     for steps, share in ((0, 0.9), (500, 0.5), (1000, 0.1), (10**9, 0.1)):
         torch.testing.assert_close(cfg.epsilon(steps), torch.full((8, 1), share))
+    rising = qmix.Config(env="smac:3m", epsilon_start=0.1, epsilon_finish=0.5, epsilon_anneal_steps=1000)
+    torch.testing.assert_close(rising.epsilon(500), torch.full((8, 1), 0.3))
     cfg = qmix.Config(env="smac:3m", num_envs=4, epsilon_finish=0.01, epsilon_spread=0.27, epsilon_anneal_steps=1000)
     torch.testing.assert_close(cfg.epsilon(10**6), torch.tensor([[0.01], [0.03], [0.09], [0.27]]))
     torch.testing.assert_close(cfg.epsilon(900), torch.tensor([[0.109], [0.109], [0.109], [0.27]]))
@@ -517,7 +519,7 @@ def test_everything_moves_and_targets_are_copied_on_the_count(tmp_path, algo):
 
 def test_a_run_explores_by_its_environment_steps(tmp_path):
     """Catches: epsilon counted in episodes or updates, or evaluation that explores."""
-    run = qmix.Run(tiny(tmp_path, epsilon_finish=0.0, epsilon_anneal_steps=1000, num_envs=8))
+    run = qmix.Run(tiny(tmp_path, epsilon_finish=0.0, epsilon_spread=0.0, epsilon_anneal_steps=1000, num_envs=8))
     greedy = run.test()["test_return"]
     run.play()
     assert len(set(run.returns)) > 4  # at step 0 all is random
