@@ -66,8 +66,8 @@ PRESETS = {
     "checkers": dict(total_steps=1_600_000, num_envs=64, episodes_per_update=7.0, buffer_size=4000, optimizer="adam",
                      lr=1e-3, lr_anneal=True, reward_scale=0.1, target_tau=0.1, epsilon_anneal_steps=200_000,
                      epsilon_finish=0.05, epsilon_spread=0.5, test_episodes=1, test_interval_steps=20_000, threads=1),
-    # Minutes instead of hours: on 2s3z the authors' RMSprop and one-step targets won 30 % of the battles after 420,000
-    # steps, Adam with Q(lambda) 72 to 94 %; the falling learning rate steadies the end.
+    # Minutes instead of hours: Adam and Q(lambda) for the authors' RMSprop and one-step targets; the falling learning
+    # rate steadies the end.
     "skirmish": dict(total_steps=600_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
                      lr_anneal=True, td_lambda=0.6, test_episodes=64, test_interval_steps=20_000),
 }
