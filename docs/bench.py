@@ -1,7 +1,7 @@
 """Where the time goes: the learner against the usual way of writing it, the environments, whole runs.
 
     python docs/bench.py           # make bench; prints its tables and writes docs/bench.md
-    python docs/bench.py learner   # parts alone: learner, environments, runs
+    python docs/bench.py learner   # some parts: learner, environments, runs
 """
 
 import copy
@@ -236,6 +236,8 @@ def runs(device: torch.device) -> list[str]:
 
 
 def main(parts: list[str]) -> None:
+    if unknown := set(parts) - set(HEADS):
+        raise SystemExit(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(HEADS)}")
     device = qmix.pick_device("auto")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     text = [f"Measured {time.strftime('%Y-%m-%d')} with `python docs/bench.py`: torch {torch.__version__}, Python "

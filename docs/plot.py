@@ -78,7 +78,8 @@ def checkers() -> None:
     for axes, (level, text) in product((left, right), levels.items()):
         axes.axhline(level, color="black", linewidth=0.6, linestyle=":")
         if axes is left:
-            axes.text(265, level + (1 if level != 83.54 else -4.2), text, fontsize=8, ha="right")
+            axes.text(0.99, level + (1 if level != 83.54 else -4.2), text, fontsize=8, ha="right",
+                      transform=axes.get_yaxis_transform())
     for (_, algo, _), run in runs.items():
         if algo == "qmix":
             left.plot(run["seconds"], run["test_return"], color=COLORS[algo], linewidth=1, alpha=0.6)
@@ -101,14 +102,16 @@ def skirmish() -> None:
                 if any(e == env and (name == "skirmish" or algo != "qmix") for e, algo, _ in chosen)]
         if not maps:
             continue
-        figure, panels = pyplot.subplots(1, len(maps), figsize=(max(4 * len(maps), 5), 3.2), layout="constrained",
+        lines, across = (len(maps) + 1) // 2, min(len(maps), 2)
+        figure, panels = pyplot.subplots(lines, across, figsize=(5 * across, 3 * lines), layout="constrained",
                                          squeeze=False, sharey=True)
-        for axes, env in zip(panels[0], maps):
+        for axes, env in zip(panels.flat, maps):
             axes.axhline(heuristic[env.split(":")[1]], color="black", linestyle="--", linewidth=1, label="heuristic")
             bands(axes, {key: run for key, run in chosen.items() if key[0] == env}, "test_win_rate")
             axes.set(ylim=(-0.02, 1.02), title=env)
             axes.legend(fontsize=8, loc="best")
-        panels[0][0].set(ylabel="greedy win rate")
+        for axes in panels[:, 0]:
+            axes.set(ylabel="greedy win rate")
         figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
