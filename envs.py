@@ -835,13 +835,15 @@ def work(spec):
         pass  # the trainer is gone
     finally:
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing interrupts the closing any more
             if env is not None:
                 env.close()
+            sys.stdout.flush()
+            sys.stderr.flush()
         except Exception as error:  # it must not keep this process from ending
             print(f"{spec['name']}: environment {spec['b']} failed in close: {one_line(error)}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.killpg(os.getpid(), signal.SIGKILL)  # whatever the environment started and left, and this process with it
+        finally:
+            os.killpg(os.getpid(), signal.SIGKILL)  # all that the environment started and left, and this process too
 
 
 def one_line(error):

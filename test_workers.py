@@ -68,7 +68,8 @@ class Own:
     def get_avail_actions(self):
         return [[1, 1, 0]] * 2
     def close(self):
-        pass
+        if self.fault == "slow close":
+            time.sleep(1)
 '''
 
 
@@ -310,10 +311,11 @@ while True:
 '''
 
 
-@pytest.mark.parametrize("end, fault", [("return", ""), ("INT", ""), ("TERM", ""), ("KILL", "hang")])
+@pytest.mark.parametrize("end, fault", [("return", ""), ("INT", ""), ("TERM", ""), ("TERM", "slow close"),
+                                        ("KILL", "hang")])
 def test_nothing_is_left_behind(here, tmp_path, monkeypatch, end, fault):
-    """Catches: workers or games that outlive the trainer, however it ends, also while an environment hangs; a start
-    method that imports the user's script again, which has no `if __name__`."""
+    """Catches: workers or games that outlive the trainer, however it ends, also while an environment hangs or is being
+    closed already; a start method that imports the user's script again, which has no `if __name__`."""
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     path = [str(Path(envs.__file__).parent)]
     (tmp_path / "train.py").write_text(TRAINER.format(path=path, module=envs.__name__, fault=fault, end=end))
