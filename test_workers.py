@@ -114,11 +114,11 @@ def marked(mark):
     return [pid for pid in found if pid != os.getpid()]
 
 
-def gone(mark, seconds=15):
+def wait_until(true, seconds=15):
     until = time.monotonic() + seconds
-    while marked(mark) and time.monotonic() < until:
+    while not true():
+        assert time.monotonic() < until
         time.sleep(0.05)
-    return not marked(mark)
 
 
 # ---- the batched interface ------------------------------------------------------------------------------------------
@@ -321,13 +321,16 @@ def test_nothing_is_left_behind(here, tmp_path, monkeypatch, end, fault):
     (tmp_path / "train.py").write_text(TRAINER.format(path=path, module=envs.__name__, fault=fault, end=end))
     trainer = subprocess.Popen([sys.executable, "train.py"], env=dict(os.environ, MARK=mark), stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
-    assert trainer.stdout.readline() == "ready\n"
-    if end != "return":
-        assert len(marked(mark)) == 3  # the trainer, the worker, its game
-        time.sleep(0.3)
-        trainer.send_signal(getattr(signal, "SIG" + end))
-    trainer.wait(timeout=15)
-    assert gone(mark)
+    try:
+        assert trainer.stdout.readline() == "ready\n"
+        if end != "return":
+            wait_until(lambda: len(marked(mark)) == 3)  # the trainer, the worker, its game, whose name comes with exec
+            time.sleep(0.3)
+            trainer.send_signal(getattr(signal, "SIG" + end))
+        trainer.wait(timeout=15)
+    finally:
+        trainer.kill()
+    wait_until(lambda: not marked(mark))
 
 
 def test_a_game_of_a_killed_worker_is_ended(here, monkeypatch):
@@ -339,9 +342,10 @@ def test_a_game_of_a_killed_worker_is_ended(here, monkeypatch):
     os.kill(pid, signal.SIGKILL)
     step = w.step(ones(w))
     assert step.info["void"].all() and w.voided == 1
-    assert not w.reset().info["void"].any() and len(marked(mark)) == 2  # the new worker and its game
+    assert not w.reset().info["void"].any()
+    wait_until(lambda: len(marked(mark)) == 2)  # the new worker and its game
     w.close()
-    assert gone(mark, 5)
+    wait_until(lambda: not marked(mark), 5)
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
