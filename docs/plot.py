@@ -91,24 +91,23 @@ def checkers() -> None:
 
 
 def skirmish() -> None:
-    """Figure 3, and figure 4 on the maps where an ablation was run."""
-    runs = read("skirmish.csv")
+    """Figure 3 with the preset and with an update per episode, and figure 4."""
     with open(HERE / "skirmish_heuristic.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["policy"] == "heuristic"]
     heuristic = {row["map"]: float(row["won"]) / 100 for row in rows}
-    for name, algos in (("skirmish", ("iql", "vdn", "qmix")), ("ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"))):
-        chosen = {key: run for key, run in runs.items() if key[1] in algos}
-        maps = [env for env in (f"skirmish:{name}" for name in ("3m", "2s3z", "3s5z", "1c3s5z"))
-                if any(e == env and (name == "skirmish" or algo != "qmix") for e, algo, _ in chosen)]
-        if not maps:
-            continue
+    for source, name, algos in (("skirmish", "skirmish", ("iql", "vdn", "qmix")),
+                                ("skirmish_ratio", "skirmish_ratio", ("iql", "vdn", "qmix")),
+                                ("skirmish", "ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"))):
+        runs = {key: run for key, run in read(f"{source}.csv").items() if key[1] in algos}
+        maps = [env for env in ("3m", "2s3z", "3s5z", "1c3s5z")
+                if {algo for e, algo, _ in runs if e == f"skirmish:{env}"} == set(algos)]
         lines, across = (len(maps) + 1) // 2, min(len(maps), 2)
         figure, panels = pyplot.subplots(lines, across, figsize=(5 * across, 3 * lines), layout="constrained",
                                          squeeze=False, sharey=True)
         for axes, env in zip(panels.flat, maps):
-            axes.axhline(heuristic[env.split(":")[1]], color="black", linestyle="--", linewidth=1, label="heuristic")
-            bands(axes, {key: run for key, run in chosen.items() if key[0] == env}, "test_win_rate")
-            axes.set(ylim=(-0.02, 1.02), title=env)
+            axes.axhline(heuristic[env], color="black", linestyle="--", linewidth=1, label="heuristic")
+            bands(axes, {key: run for key, run in runs.items() if key[0] == f"skirmish:{env}"}, "test_win_rate")
+            axes.set(ylim=(-0.02, 1.02), title=f"skirmish:{env}")
             axes.legend(fontsize=8, loc="best")
         for axes in panels[:, 0]:
             axes.set(ylabel="greedy win rate")
