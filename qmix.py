@@ -62,8 +62,8 @@ PRESETS = {
     # Checkers has traps at 59.64 and 72. The way out is what the values of many half-random episodes add up to: many
     # updates (with 64 environments acting takes a tenth of the time), precise ones (Adam, a learning rate that falls,
     # rewards of about 1), targets that carry rewards back fast (they follow at once, and look a little further than one
-    # step: 0.2 is enough, 0.6 learns the trap), and environments that explore differently. Measured effects are in
-    # README.md. All greedy episodes are the same here, so one tells.
+    # step: 0.2 is enough, 0.6 learns the trap), and agents that explore differently: one tries much while the other
+    # does what it knows. Measured effects are in README.md. All greedy episodes are the same here, so one tells.
     "checkers": dict(total_steps=1_250_000, num_envs=64, episodes_per_update=10.0, buffer_size=4000, optimizer="adam",
                      lr=1e-3, lr_anneal=True, td_lambda=0.2, reward_scale=0.1, target_tau=0.1,
                      epsilon_anneal_steps=200_000, epsilon_finish=0.05, epsilon_spread=0.5, test_episodes=1,
@@ -131,7 +131,7 @@ class Config:
     epsilon_anneal_steps: int = 50_000
     """environment steps over which epsilon falls linearly"""
     epsilon_spread: float = 0.0
-    """above 0: environments explore differently, the first with epsilon_finish, the last with this (Ape-X)"""
+    """above 0: each agent draws its own epsilon per episode, log-uniform from epsilon_finish to this (after Ape-X)"""
     double_q: bool = True
     """the live network chooses the next action, the target network values it; off: plain maximum, Eq. 6"""
     td_lambda: float = 0.0
@@ -191,15 +191,12 @@ class Config:
                              f"--epsilon-spread ({self.epsilon_spread})")
         return self
 
-    def epsilon(self, env_steps: int) -> Tensor:
-        """Share of random actions in each environment (num_envs, 1): linear from start to finish, and from there on in
-        geometric steps from finish to spread (Horgan et al. 2018, Ape-X), if that is set."""
+    def epsilon(self, env_steps: int, draws: Tensor) -> Tensor:
+        """Share of random actions: linear from start to finish, or, with epsilon_spread, log-uniform from finish to
+        spread where that is more. draws: uniform in [0, 1), one per agent and episode; returns their shape."""
         done, start, finish = min(1.0, env_steps / self.epsilon_anneal_steps), self.epsilon_start, self.epsilon_finish
-        shares = torch.full((self.num_envs, 1), start + done * (finish - start))
-        if self.epsilon_spread:
-            step = torch.linspace(0, 1, self.num_envs).unsqueeze(1)
-            shares = shares.maximum(finish * (self.epsilon_spread / finish) ** step)
-        return shares
+        shares = torch.full_like(draws, start + done * (finish - start))
+        return shares.maximum(finish * (self.epsilon_spread / finish) ** draws) if self.epsilon_spread else shares
 
 
 # ------------------------------------------------------------------------------------------------------- the networks
@@ -428,8 +425,8 @@ class Replay:
 
 
 def select_actions(q: Tensor, avail: Tensor, epsilon: Tensor | None = None, generator=None) -> Tensor:
-    """Epsilon-greedy over available actions; each agent draws for itself. q (B, N, A), avail (B, N, A), epsilon (B, 1)
-    or None: greedy. Returns (B, N) int64."""
+    """Epsilon-greedy over available actions; each agent draws for itself. q (B, N, A), avail (B, N, A), epsilon (B, N),
+    (1, 1), or None: greedy. Returns (B, N) int64."""
     greedy = q.masked_fill(~avail, -math.inf).argmax(-1)
     if epsilon is None:
         return greedy
@@ -813,7 +810,7 @@ class Run:
         return act(self.team.agent, obs, avail, (hidden, last_actions), epsilon, self.generators["explore"])
 
     def policy(self, epsilon: Tensor | None = None):
-        """What `rollout` asks for actions; epsilon (B, 1), None: greedy."""
+        """What `rollout` asks for actions; epsilon (B, N), None: greedy."""
         if self.cfg.algo == "heuristic":
             return lambda step, memory: (self.env.heuristic(), None)
         if self.cfg.algo == "random":
@@ -856,7 +853,8 @@ class Run:
 
     def play(self) -> None:
         """One round: each environment plays an episode, which goes into the replay."""
-        policy = self.policy(self.cfg.epsilon(self.counts["env_steps"]).to(self.device))
+        draws = torch.rand(self.env.n_envs, self.env.n_agents, generator=self.generators["explore"], device=self.device)
+        policy = self.policy(self.cfg.epsilon(self.counts["env_steps"], draws))
         episodes, lengths, facts = rollout(self.env, policy, self.clock)
         if self.learns:
             self.replay.add(episodes, lengths)
@@ -909,7 +907,8 @@ class Run:
         steps, seconds = self.counts["env_steps"], max(now - last["seconds"], 1e-9)
         means = np.mean(self.stats, axis=0).tolist() if self.stats else [None] * 4
         row = dict(zip(COLUMNS, (
-            steps, self.counts["episodes"], self.counts["updates"], now, self.cfg.epsilon(steps).mean().item(),
+            steps, self.counts["episodes"], self.counts["updates"], now,
+            self.cfg.epsilon(steps, torch.linspace(0, 1, 101)).mean().item(),
             np.mean(self.returns).item() if self.returns else None, mean["return"],
             facts["return"].std(correction=0).item(), mean.get("battle_won"), *means,
             (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()),

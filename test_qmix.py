@@ -273,14 +273,31 @@ def test_epsilon_greedy_draws_per_agent_over_available_actions():
 
 def test_epsilon_schedule():
     """Catches: a schedule counted in episodes, that overshoots, or that starts anywhere but at the start."""
+    draws = torch.rand(4, 3)
     cfg = qmix.Config(env="smac:3m", epsilon_start=0.9, epsilon_finish=0.1, epsilon_anneal_steps=1000)
     for steps, share in ((0, 0.9), (500, 0.5), (1000, 0.1), (10**9, 0.1)):
-        torch.testing.assert_close(cfg.epsilon(steps), torch.full((8, 1), share))
+        torch.testing.assert_close(cfg.epsilon(steps, draws), torch.full((4, 3), share))
     rising = qmix.Config(env="smac:3m", epsilon_start=0.1, epsilon_finish=0.5, epsilon_anneal_steps=1000)
-    torch.testing.assert_close(rising.epsilon(500), torch.full((8, 1), 0.3))
-    cfg = qmix.Config(env="smac:3m", num_envs=4, epsilon_finish=0.01, epsilon_spread=0.27, epsilon_anneal_steps=1000)
-    torch.testing.assert_close(cfg.epsilon(10**6), torch.tensor([[0.01], [0.03], [0.09], [0.27]]))
-    torch.testing.assert_close(cfg.epsilon(900), torch.tensor([[0.109], [0.109], [0.109], [0.27]]))
+    torch.testing.assert_close(rising.epsilon(500, draws), torch.full((4, 3), 0.3))
+    cfg = qmix.Config(env="smac:3m", epsilon_finish=0.01, epsilon_spread=0.27, epsilon_anneal_steps=1000)
+    draws = torch.tensor([[0.0, 1 / 3], [2 / 3, 1.0]])  # equal steps in the exponent
+    torch.testing.assert_close(cfg.epsilon(10**6, draws), torch.tensor([[0.01, 0.03], [0.09, 0.27]]))
+    torch.testing.assert_close(cfg.epsilon(900, draws), torch.tensor([[0.109, 0.109], [0.109, 0.27]]))
+
+
+def test_epsilon_spread_is_drawn_per_agent_and_episode(tmp_path, monkeypatch):
+    """Catches: one epsilon for a whole team or for a whole run, or a draw that the checkpoint does not know of."""
+    run, seen = qmix.Run(tiny(tmp_path, epsilon_start=0.0, epsilon_finish=0.01, epsilon_spread=0.9, num_envs=64)), []
+    monkeypatch.setattr(run, "policy", lambda epsilon, policy=run.policy: seen.append(epsilon) or policy(epsilon))
+    state = run.state_dict()
+    run.play()
+    run.play()
+    run.load_state_dict(state)
+    run.play()
+    assert seen[0].shape == (64, run.env.n_agents) and torch.equal(seen[0], seen[2])
+    assert len(seen[0].unique()) == seen[0].numel() and not torch.equal(seen[0], seen[1])
+    ranks = torch.corrcoef(torch.cat(seen[:2]).log().T)
+    assert abs(ranks[0, 1]) < 0.3  # of one team
 
 
 # ---------------------------------------------------------------------------------------------------- replay, rollout
