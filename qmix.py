@@ -77,7 +77,7 @@ PRESETS = {
 
 @dataclasses.dataclass(init=False)
 class Config:
-    """Every number of a run. Defaults are the authors' for StarCraft (paper, appendix; PyMARL), see also PRESETS.
+    """Every number of a run. "(authors)": the default is the paper's and PyMARL's for StarCraft; see also PRESETS.
 
     `Config(env="checkers", lr=1e-3)`: what is given, else the environment's preset, else the default below.
     """
@@ -87,69 +87,69 @@ class Config:
     env_args: tuple[str, ...] = ()
     """key=value ...: arguments of a smac, ma_gym or own environment, such as difficulty=7"""
     algo: str = "qmix"
-    """iql, vdn, qmix; ablations vdn-s, qmix-lin, qmix-ns; without learning: random, heuristic"""
+    """iql (Tan 1993), vdn (Sunehag 2017), qmix; ablations vdn-s, qmix-lin, qmix-ns; not learned: random, heuristic"""
     seed: int = 1
     """seeds the weights, the environments, exploration and sampling"""
     total_steps: int = 2_000_000
-    """length of the run, in environment steps (summed over the environments)"""
+    """length of the run, environment steps summed over the environments (SMAC: 2 million)"""
     num_envs: int = 8
-    """environments that play side by side (the authors: 1 or 8)"""
+    """environments that play side by side (authors: 1, or 8 processes)"""
     device: str = "auto"
     """auto, cpu or cuda: where networks, replay and batched environments live"""
     out: str = ""
     """run directory; empty: a new one under runs/"""
     gamma: float = 0.99
-    """discount per step"""
+    """discount per step (authors)"""
     lr: float = 5e-4
-    """learning rate"""
+    """learning rate, per update (authors)"""
     lr_anneal: bool = False
-    """let the learning rate fall to a tenth over the second half of the run"""
+    """let the learning rate fall linearly to a tenth over the second half of the run (authors: no)"""
     compile: bool = False
     """on a GPU: record acting, the environment's step and the update as CUDA graphs; elsewhere a line says it cannot"""
     threads: int = 0
     """CPU threads; 0: as many as torch takes by itself"""
     optimizer: str = "rmsprop"
-    """rmsprop (alpha 0.99, eps 1e-5: the authors') or adam (torch's defaults)"""
+    """rmsprop (alpha 0.99, eps 1e-5: authors) or adam (torch's defaults: PyMARL2)"""
     batch_size: int = 32
-    """whole episodes per update"""
+    """whole episodes per update (authors)"""
     buffer_size: int = 5000
-    """episodes kept for replay"""
+    """episodes kept for replay (authors)"""
     save_replay: bool = True
     """keep the replay in the checkpoint; without it a resumed run starts with an empty one and is not exact"""
     checkpoint_seconds: float = 5.0
-    """least time between checkpoints; a costly one (a huge replay) is written less often"""
+    """least seconds between checkpoints; a costly one (a huge replay) is written less often"""
     episodes_per_update: float = 1.0
-    """new episodes per gradient step, however many environments play"""
+    """new episodes per gradient step, however many environments play (authors)"""
     target_update_episodes: int = 200
-    """new episodes between copies of the networks into their targets"""
+    """new episodes between copies of the networks into their targets (authors)"""
     target_tau: float = 0.0
-    """above 0: instead of copies, the target moves by this share towards the live networks after each update"""
+    """above 0: no copies; the target moves by this share to the live networks after each update (DDPG)"""
     epsilon_start: float = 1.0
-    """share of random actions at the start"""
+    """share of random actions at the start (authors)"""
     epsilon_finish: float = 0.05
-    """share of random actions after epsilon_anneal_steps"""
+    """share of random actions after epsilon_anneal_steps (authors)"""
     epsilon_anneal_steps: int = 50_000
-    """environment steps over which epsilon falls linearly"""
+    """environment steps over which epsilon falls linearly (authors)"""
     epsilon_spread: float = 0.0
     """above 0: each agent draws its own epsilon per episode, log-uniform from epsilon_finish to this (after Ape-X)"""
     double_q: bool = True
-    """the live network chooses the next action, the target network values it; off: plain maximum, Eq. 6"""
+    """the live network chooses the next action, the target network values it (authors); off: plain maximum, Eq. 6"""
     td_lambda: float = 0.0
-    """0: one-step targets (the paper); above: Peng's Q(lambda)"""
+    """0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)"""
     reward_scale: float = 1.0
-    """the learner sees the reward times this; all returns shown are the environment's own"""
+    """the learner sees the reward times this (authors: 1); all returns shown are the environment's own"""
     grad_clip: float = 10.0
-    """largest norm of the gradient, agent and mixer together"""
+    """largest norm of the gradient, agent and mixer together (authors)"""
     hidden_dim: int = 64
-    """GRU units of an agent"""
+    """GRU units of an agent (authors)"""
     mixing_dim: int = 32
-    """units of the mixing network"""
+    """units of the mixing network (authors)"""
     hypernet_dim: int = 64
-    """hidden units of the weight hyper-networks (JMLR); 0: a single linear layer (ICML)"""
+    """hidden units of the weight hyper-networks (JMLR, PyMARL); 0: a single linear layer (ICML)"""
     test_interval_steps: int = 10_000
-    """environment steps between greedy evaluations"""
+    """environment steps between greedy evaluations (SMAC)"""
     test_episodes: int = 32
-    """episodes per evaluation"""
+    """episodes per evaluation (SMAC; the paper: 20)"""
 
     def __init__(self, **given):
         known = {field.name: field.default for field in dataclasses.fields(Config)}

@@ -883,11 +883,14 @@ def test_readme_python_lines_run(tmp_path, monkeypatch):
 
 
 def test_readme_names_every_flag_with_its_default():
-    """Catches: a flag that was added, renamed or given another default without its line in README.md."""
+    """Catches: a flag that was added, renamed, explained or given another default without its line in README.md."""
     text = (HERE / "README.md").read_text()
+    source = (HERE / "qmix.py").read_text()
     for field in qmix.dataclasses.fields(qmix.Config):
         default = '""' if field.default == "" else field.default
-        assert f"| `--{field.name.replace('_', '-')}` | `{default}` |" in text, field.name
+        line = next(line for line in text.splitlines() if line.startswith(f"| `--{field.name.replace('_', '-')}` |"))
+        assert line.split(" | ")[1] == f"`{default}`", field.name
+        assert f'    {field.name}: {field.type} = ' in source and f'"""{line.split(" | ")[2][:-2]}"""' in source
 
 
 def test_a_game_that_keeps_failing_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd):

@@ -24,14 +24,18 @@ KEEP = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_return"
 
 
 def gather(target: str, runs: list[str]) -> None:
+    gathered = set()
     with open(target, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["env", "algo", "seed", *KEEP])
         for run in runs:
             config = json.loads((Path(run) / "config.json").read_text())["config"]
+            key = config["env"], config["algo"], config["seed"]
+            if key in gathered:
+                sys.exit(f"error: {run} is a second run of {' '.join(map(str, key))}")
+            gathered.add(key)
             with open(Path(run) / "metrics.csv") as rows:
-                table.writerows([config["env"], config["algo"], config["seed"],
-                                 *(f"{float(row[name]):.6g}" if row[name] else "" for name in KEEP)]
+                table.writerows([*key, *(f"{float(row[name]):.6g}" if row[name] else "" for name in KEEP)]
                                 for row in csv.DictReader(rows))
 
 
