@@ -1003,7 +1003,8 @@ class Report:
             try:
                 from tqdm import tqdm
                 start, total = run.counts["env_steps"], run.cfg.total_steps
-                self.bar = tqdm(initial=start, total=total, unit="step", unit_scale=True)
+                self.bar = tqdm(initial=start, total=total, dynamic_ncols=True,
+                                bar_format="{l_bar}{bar}| {remaining} left{postfix}")
             except ImportError:
                 print("no progress bar: tqdm is not installed (pip install tqdm)")
         try:
@@ -1020,8 +1021,7 @@ class Report:
         text = against_known(row["test_return"], self.run.env)
         if row["test_win_rate"] is not None:
             text += f", wins {row['test_win_rate']:.0%}"
-        text += f", epsilon {row['epsilon']:.2f}, time in env {row['share_env']:.0%}, acting {row['share_act']:.0%}, " \
-                f"learning {row['share_learn']:.0%}"
+        text += "".join(f", {part} {row[f'share_{part}']:.0%}" for part in ("env", "act", "learn"))  # of the time
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         else:
