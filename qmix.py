@@ -11,7 +11,7 @@ Read from top to bottom: Config, agent, mixers, replay, rollout, loss, then the 
 Axes      B episodes, T steps, N agents, A actions, O observation, S state, H hidden units, E mixing units; always in
           the order (B, T, N, last). obs, state and avail have T+1 rows, one more than actions and reward: what follows
           the last action is there too.
-Letters   the paper's agent a, action u, history tau, hyper-network and mixing weights are agent, action, hidden, mixer.
+Letters   the paper's action u is `actions`, its history tau what `hidden` remembers; hyper-networks are w1, b1, w2, v.
 Episodes  `filled` marks the steps that happened; the rest of a row is padding. `terminated` cuts the bootstrap, being
           `truncated` by a time limit does not.
 
@@ -50,27 +50,25 @@ from torch import Tensor, nn
 import envs
 from envs import UsageError
 
-ALGOS = ("iql", "vdn", "qmix", "vdn-s", "qmix-lin", "qmix-ns", "random", "heuristic")
-
-# What an environment needs instead of the defaults below; flags override both.
+# Departure 4: what an environment needs instead of the defaults below; flags override both.
 PRESETS = {
     # The paper's appendix: uniform exploration, last 500 episodes, target every 100, 8 mixing units. Adam with a larger
     # step and half the updates, because a reader waits; one thread, because the tensors are tiny.
     "two-step": dict(total_steps=10_000, num_envs=25, buffer_size=500, epsilon_finish=1.0, target_update_episodes=100,
                      mixing_dim=8, hypernet_dim=0, episodes_per_update=2.0, optimizer="adam", lr=3e-3, test_episodes=1,
                      test_interval_steps=1000, threads=1),
-    # Checkers has traps at 59.64 and 72. The way out is what the values of many half-random episodes add up to: many
-    # updates (with 64 environments acting takes a tenth of the time), precise ones (Adam, a learning rate that falls,
-    # rewards of about 1), targets that carry rewards back fast (they follow at once, and look a little further than one
-    # step: 0.2 is enough, 0.6 learns the trap), and agents that explore differently: one tries much while the other
-    # does what it knows. Measured effects are in README.md. All greedy episodes are the same here, so one tells.
+    # Checkers has traps at 48, 59.64 and 72. The way out is what the values of many half-random episodes add up to:
+    # many episodes (64 environments play in a tenth of the time, so an update per 10), precise updates (Adam, a
+    # learning rate that falls, rewards of about 1), targets that carry rewards back fast (they follow at once, and look
+    # a little further than one step), and agents that explore differently: one tries much while the other does what it
+    # knows. Measured effects are in docs/results.md. All greedy episodes are the same here, so one tells.
     "checkers": dict(total_steps=1_250_000, num_envs=64, episodes_per_update=10.0, buffer_size=4000, optimizer="adam",
                      lr=1e-3, lr_anneal=True, td_lambda=0.2, reward_scale=0.1, target_tau=0.1,
-                     epsilon_anneal_steps=200_000, epsilon_finish=0.05, epsilon_spread=0.5, test_episodes=1,
-                     test_interval_steps=20_000, threads=1),
+                     epsilon_anneal_steps=200_000, epsilon_spread=0.5, test_episodes=1, test_interval_steps=20_000,
+                     threads=1),
     # Minutes instead of hours: Adam and Q(lambda) for the authors' RMSprop and one-step targets, an update per 4
     # episodes; a target that follows sooner and a replay that forgets the first, random battles sooner make up for the
-    # updates that are missing; the falling learning rate steadies the end. Measured effects are in README.md.
+    # updates that are missing; the falling learning rate steadies the end. Measured effects are in docs/results.md.
     "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
                      lr_anneal=True, td_lambda=0.6, target_tau=0.05, buffer_size=1000, test_episodes=64,
                      test_interval_steps=20_000),
@@ -155,16 +153,16 @@ class Config:
 
     def __init__(self, **given):
         known = {field.name: field.default for field in dataclasses.fields(Config)}
-        for name in given.keys() - known.keys():
-            raise UsageError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        env = given.get("env", known["env"])
-        preset = next((p for name, p in PRESETS.items() if str(env).startswith(name)), {})
+        if unknown := given.keys() - known.keys():
+            raise UsageError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+        kind = str(given.get("env", known["env"])).split(":")[0]
+        preset = next((p for name, p in PRESETS.items() if kind == name or kind.startswith(f"{name}-v")), {})
         for name, value in (known | preset | given).items():
             setattr(self, name, tuple(value) if name == "env_args" else value)
 
     def check(self) -> Config:
         """Return self, or raise UsageError with what was expected and what came."""
-        choices = dict(algo=ALGOS, optimizer=("rmsprop", "adam"))
+        choices = dict(algo=(*MIXERS, "random", "heuristic"), optimizer=("rmsprop", "adam"))
         ranges = dict(  # name: lowest, highest
             seed=(0, 2**63 - 1), threads=(0, 4096), total_steps=(1, 10**12), num_envs=(1, 10**6), gamma=(0, 1),
             lr=(1e-12, 10), checkpoint_seconds=(0, 1e6),
@@ -177,7 +175,7 @@ class Config:
             name, value = field.name, getattr(self, field.name)
             flag = "--" + name.replace("_", "-")
             kinds = {"int": int, "float": (int, float), "bool": bool, "str": str,
-                     "tuple[str, ...]": tuple}[field.type]
+                     "tuple[str, ...]": tuple}[field.type]  # annotations are strings here
             if not isinstance(value, kinds) or (isinstance(value, bool) and field.type != "bool"):
                 raise UsageError(f"{flag} must be of type {field.type}, not {value!r}")
             if name in choices and value not in choices[name]:
@@ -230,13 +228,13 @@ class Agent(nn.Module):
         """Q-values of T steps: a whole episode in the loss, T = 1 when acting.
 
         hidden (1, B*N, H) is what an earlier call returned, None (zeros) at the start of an episode. lengths (B,), on
-        the host and longest first: what lies behind the end of an episode is left out, its q is zero. Returns q
-        (B, T, N, A) and the new hidden.
+        the host and longest first: what lies behind the end of an episode may be left out, its q is zero then. Returns
+        q (B, T, N, A) and the new hidden.
         """
         (T, R, _), N, q = inputs.shape, self.n_agents, []  # R = B*N
         stretch = 16 if inputs.device.type == "cpu" else T  # steps at a time: few enough for the processor's cache
         for t in range(0, T, stretch):
-            rows = R if lengths is None else N * int((lengths >= t).sum())
+            rows = R if lengths is None else N * int((lengths >= t).sum())  # row `length` follows the last action
             x = F.relu(self.fc1(inputs[t:t + stretch, :rows]))
             x, hidden = self.gru(x, hidden if hidden is None else hidden[:, :rows])
             q.append(F.pad(self.fc2(x), (0, 0, 0, R - rows)))  # (stretch, B*N, A)
@@ -343,7 +341,7 @@ class Team(nn.Module):
     def __init__(self, env, cfg: Config):
         super().__init__()
         self.agent = Agent(env.obs_dim, env.n_actions, env.n_agents, cfg.hidden_dim)
-        self.mixer = MIXERS.get(cfg.algo, VDN)(env.n_agents, env.state_dim, cfg)
+        self.mixer = MIXERS.get(cfg.algo, VDN)(env.n_agents, env.state_dim, cfg)  # random, heuristic: never asked
 
 
 # ------------------------------------------------------------------------------------------------------------- replay
@@ -382,34 +380,35 @@ class Replay:
 
     def add(self, episodes: dict[str, Tensor], lengths: Tensor) -> None:
         """Store episodes as `rollout` returns them; the oldest make room."""
-        rows = torch.arange(self.added, self.added + len(lengths))[-self.capacity:] % self.capacity
+        slots = torch.arange(self.added, self.added + len(lengths))[-self.capacity:] % self.capacity
         for name, data in self.data.items():
             new = episodes[name][-self.capacity:]
-            data[rows.to(self.device), :new.shape[1]] = new.to(data.dtype)
-        self.lengths[rows] = lengths[-self.capacity:]
+            data[slots.to(self.device), :new.shape[1]] = new.to(data.dtype)
+        self.lengths[slots] = lengths[-self.capacity:]
         self.added += len(lengths)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Rows and lengths of `batch_size` different episodes, the longest first, (B,) each. They and the generator are
-        on the host, so that nothing waits for the device."""
-        rows = torch.randperm(len(self), generator=generator)[:batch_size]
-        lengths, order = self.lengths[rows].sort(descending=True, stable=True)
-        return rows[order], lengths
+        """Slots and lengths of `batch_size` different episodes, the longest first, (B,) each. They and the generator
+        are on the host, so that nothing waits for the device."""
+        slots = torch.randperm(len(self), generator=generator)[:batch_size]
+        lengths, order = self.lengths[slots].sort(descending=True, stable=True)
+        return slots[order], lengths
 
-    def episodes(self, rows: Tensor, lengths: Tensor, T: int) -> dict[str, Tensor]:
-        """Their first T steps. rows and lengths on the device; `filled` (B, T) bool marks the steps that happened."""
-        batch = {name: data[:, : T + 1 if name in ("obs", "state", "avail") else T][rows]
+    def episodes(self, slots: Tensor, lengths: Tensor, T: int) -> dict[str, Tensor]:
+        """The first T steps of the episodes in these slots; slots and lengths on the device. `filled` (B, T) bool marks
+        the steps that happened."""
+        batch = {name: data[:, : T + 1 if name in ("obs", "state", "avail") else T][slots]
                  for name, data in self.data.items()}
         return batch | {"filled": torch.arange(T, device=self.device) < lengths[:, None]}
 
     def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`batch_size` different episodes, the longest first and all cut to its length."""
-        rows, lengths = self.draw(batch_size, generator)
-        batch = self.episodes(rows.to(self.device), lengths.to(self.device), int(lengths[0]))
+        slots, lengths = self.draw(batch_size, generator)
+        batch = self.episodes(slots.to(self.device), lengths.to(self.device), int(lengths[0]))
         return batch | {"lengths": lengths}  # on the host
 
     def state_dict(self) -> dict:
-        """The rows in use, without their padding."""
+        """The slots in use, without their padding."""
         n, T = len(self), self.data["reward"].shape[1]
         keep = (torch.arange(T + 1) <= self.lengths[:n, None]).to(self.device)  # (n, T+1)
         packed = {name: data[:n][keep[:, :data.shape[1]]] for name, data in self.data.items()}
@@ -451,7 +450,7 @@ def act(agent: Agent, obs: Tensor, avail: Tensor, memory=None, epsilon: Tensor |
 
 
 class Clock:
-    """Adds up where the time goes: `with clock("env"): ...`. On a GPU it times the launches, not the work."""
+    """Adds up where the time goes: `with clock("env"): ...`. On a GPU env and act are launches; learn waits."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(("env", "act", "learn"), 0.0)
@@ -490,7 +489,7 @@ def rollout(env, choose, clock: Clock | None = None) -> tuple[dict[str, Tensor],
         for name, value in step.info.items():
             last_info[name] = torch.where(running, value, last_info[name]) if name in last_info else value
         running = running & ~(step.terminated | step.truncated)
-        if env.device.type == "cpu" and not running.any():  # on a GPU asking would stall it
+        if (env.device.type == "cpu" or isinstance(env, envs.Workers)) and not running.any():  # else asking would stall
             break
     stack = lambda name, steps: torch.stack([getattr(step, name) for step in steps], dim=1)  # noqa: E731
     episodes = {name: stack(name, steps) for name in ("obs", "state", "avail")}  # (B, T+1, ...)
@@ -584,7 +583,7 @@ def rank() -> int:
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """In place. Raises TrainingFailed if another rank has ended."""
+    """The sum, in place. Raises TrainingFailed if another rank has ended."""
     try:
         if dist.is_initialized():
             dist.all_reduce(tensor)
@@ -781,28 +780,27 @@ class Run:
     def __init__(self, cfg: Config):
         self.cfg, self.device = cfg, pick_device(cfg.device)
         self.learns = cfg.algo in MIXERS
-        env_seed, explore, sample = random_seeds(cfg.seed, rank())  # of one seed they would be one and the same stream
+        env_seed, explore, sample = random_seeds(cfg.seed, rank())  # one seed for all would give all the same numbers
         self.env = make_env(cfg, cfg.num_envs, self.device, env_seed)
         if cfg.algo == "heuristic" and not hasattr(self.env, "heuristic"):
             raise UsageError(f"--algo heuristic: {cfg.env} has none")
         if cfg.threads:
             torch.set_num_threads(cfg.threads)
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed)  # the same weights on every rank
         self.team = Team(self.env, cfg).to(self.device)
         self.target_team = copy.deepcopy(self.team).requires_grad_(False)
         self.optimizer = make_optimizer(self.team, cfg)
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
         self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(explore),
                            "sample": torch.Generator().manual_seed(sample)}
-        self.explore, self.exploit, self.update = self.decide, self.decide, None
+        self.explore, self.exploit, self.update = self.decide, self.decide, None  # with --compile: three CUDA graphs
         if cfg.compile:
             if self.device.type == "cuda" and not dist.is_initialized():
                 self.record()
             else:
                 print("--compile: CUDA graphs are for one process on a GPU; going on without")
-        self.counts = dict(env_steps=0, episodes=0, updates=0, tests=0)  # steps and episodes of all ranks
+        self.counts = dict(env_steps=0, episodes=0, updates=0)  # steps and episodes of all ranks
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.best = -math.inf
         self.rows: list[dict] = []  # metrics.csv
         self.returns: list[float] = []  # of the training episodes since the last row
         self.stats: list[list[float]] = []  # of the updates since the last row: loss, grad_norm, q_taken, target
@@ -846,15 +844,16 @@ class Run:
 
     def test_due(self) -> bool:
         """At the start, whenever another test_interval_steps have passed, and at the end."""
-        steps = self.counts["env_steps"]
-        unseen = not self.rows or self.rows[-1]["env_steps"] < steps
-        return self.counts["tests"] <= steps // self.cfg.test_interval_steps or (self.finished() and unseen)
+        if not self.rows:
+            return True
+        last, steps, interval = self.rows[-1]["env_steps"], self.counts["env_steps"], self.cfg.test_interval_steps
+        return last // interval < steps // interval or (self.finished() and last < steps)
 
     def finished(self) -> bool:
         return self.counts["env_steps"] >= self.cfg.total_steps
 
     def play(self) -> None:
-        """One round: each environment plays an episode, which goes into the replay."""
+        """One round: each environment plays an episode, which goes into the replay (departure 3)."""
         draws = torch.rand(self.env.n_envs, self.env.n_agents, generator=self.generators["explore"], device=self.device)
         policy = self.policy(self.cfg.epsilon(self.counts["env_steps"], draws))
         episodes, lengths, facts = rollout(self.env, policy, self.clock)
@@ -916,7 +915,6 @@ class Run:
             (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()),
             mean.get("dead_allies"), mean.get("dead_enemies"), getattr(self.env, "voided", 0))))
         self.rows.append(row)
-        self.counts["tests"] = 1 + steps // self.cfg.test_interval_steps
         self.returns, self.stats, self.clock = [], [], Clock()
         return row
 
@@ -925,33 +923,34 @@ class Run:
 
     def weights(self) -> dict:
         """What a trained policy needs: enough for `load`."""
-        sizes = {name: getattr(self.env, name) for name in ("obs_dim", "state_dim", "n_actions", "n_agents")}
+        sizes = {name: getattr(self.env, name) for name in ("obs_dim", "n_actions", "n_agents")}
         return dict(format="qmix.py 1", config=dataclasses.asdict(self.cfg), sizes=sizes, team=self.team.state_dict())
 
     def state_dict(self) -> dict:
         return self.weights() | dict(
             target_team=self.target_team.state_dict(), optimizer=self.optimizer.state_dict(), counts=self.counts,
             generators={name: generator.get_state() for name, generator in self.generators.items()},
-            replay=self.replay.state_dict() if self.learns and self.cfg.save_replay else None, best=self.best,
-            rows=self.rows, returns=self.returns, stats=self.stats, clock=self.clock.seconds,
+            replay=self.replay.state_dict() if self.learns and self.cfg.save_replay else None, rows=self.rows,
+             returns=self.returns, stats=self.stats, clock=self.clock.seconds,
             seconds=self.seconds_now())
 
     def load_state_dict(self, saved: dict) -> None:
         self.team.load_state_dict(saved["team"])
         self.target_team.load_state_dict(saved["target_team"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        for group, own in zip(self.optimizer.param_groups, make_optimizer(self.team, self.cfg).param_groups):
+        for group, own in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups):
             group["lr"], group["capturable"] = own["lr"], own["capturable"]  # these go with the device
-        if rank() == 0:
-            for name, generator in self.generators.items():
+        self.optimizer.load_state_dict(saved["optimizer"])
+        # The checkpoint is rank 0's: the others go on with new random numbers and an empty replay. So does a generator
+        # that was saved on another kind of device, where its state has another size.
+        seeds = random_seeds(self.cfg.seed, rank(), saved["counts"]["env_steps"])
+        for (name, generator), seed in zip(self.generators.items(), seeds):
+            if rank() == 0 and len(saved["generators"][name]) == len(generator.get_state()):
                 generator.set_state(saved["generators"][name])
-            if saved["replay"]:
-                self.replay.load_state_dict(saved["replay"])
-        else:  # the checkpoint is rank 0's: the others go on with new random numbers and an empty replay
-            for generator, seed in zip(self.generators.values(),
-                                       random_seeds(self.cfg.seed, rank(), saved["counts"]["env_steps"])):
+            else:
                 generator.manual_seed(seed)
-        for name in ("counts", "best", "rows", "returns", "stats", "seconds"):
+        if rank() == 0 and saved["replay"]:
+            self.replay.load_state_dict(saved["replay"])
+        for name in ("counts", "rows", "returns", "stats", "seconds"):
             setattr(self, name, saved[name])
         self.clock.seconds = saved["clock"]
 
@@ -1093,11 +1092,11 @@ def go_on(run: Run, out: Path, stop: StopRequest, report: Report) -> None:
     while True:
         if (due := run.updates_due()) > 0:
             with run.clock("learn"):
-                run.learn(min(due, 100))
+                run.learn(min(due, 100))  # no more at a time, so that a stop or a checkpoint need not wait long
         elif run.test_due():
+            best = max((row["test_return"] for row in run.rows), default=-math.inf)
             row = run.test()
-            if row["test_return"] > run.best:
-                run.best = row["test_return"]
+            if row["test_return"] > best:
                 write_checkpoint(out / "best.pt", run.weights)
             write_metrics(out / "metrics.csv", run.rows)
             report.row(row)
@@ -1146,7 +1145,8 @@ def train(cfg: Config, resume: bool = False) -> dict:
     print(f"peak memory: {peak_memory(run.device)}")
     facts = dict(env=cfg.env, algo=cfg.algo, seed=cfg.seed, env_steps=last["env_steps"], episodes=last["episodes"],
                  updates=last["updates"], seconds=round(last["seconds"], 2), test_return=last["test_return"],
-                 test_win_rate=last["test_win_rate"], best_test_return=run.best, out=str(out))
+                 test_win_rate=last["test_win_rate"],
+                 best_test_return=max(row["test_return"] for row in run.rows), out=str(out))
     return facts | ({"q_tot": two_step_tables(run.team)} if cfg.env == "two-step" else {})
 
 
@@ -1161,7 +1161,8 @@ class Policy:
 
     def act(self, obs, avail, hidden=None) -> tuple[Tensor, tuple]:
         """Greedy actions of one team, obs (N, O) and avail (N, A), or of B teams, (B, N, O) and (B, N, A); arrays or
-        tensors. Returns actions (N,) or (B, N) int64, and `hidden` for the next call; None starts an episode."""
+        tensors. Returns actions (N,) or (B, N) int64, and `hidden` for the next call (`act`'s memory); None starts an
+        episode."""
         obs, avail = torch.as_tensor(obs, dtype=torch.float32), torch.as_tensor(avail, dtype=torch.bool)
         N, O, A = self.agent.n_agents, self.agent.obs_dim, self.agent.n_actions
         if obs.shape[-2:] != (N, O) or avail.shape != (*obs.shape[:-1], A):
@@ -1179,6 +1180,8 @@ def load(path: str) -> Policy:
     saved = read_checkpoint(file)
     try:
         cfg, sizes = Config(**saved["config"]), saved["sizes"]
+        if cfg.algo not in MIXERS:
+            raise ValueError(f"--algo {cfg.algo} learns nothing")
         agent = Agent(sizes["obs_dim"], sizes["n_actions"], sizes["n_agents"], cfg.hidden_dim)
         weights = saved["team"].items()
         agent.load_state_dict({name[len("agent."):]: w for name, w in weights if name.startswith("agent.")})
@@ -1194,14 +1197,17 @@ def evaluate(path: str, episodes: int = 32, record_to: str = "", cfg: Config | N
     if episodes < 1:
         raise UsageError(f"--episodes must be at least 1, not {episodes}")
     replays = {"replay_dir": record_to} if record_to and cfg.env.startswith("smac:") else {}
-    if record_to and not replays and not record_to.endswith(".gif"):
-        raise UsageError(f"--record must name a .gif file (for smac: a folder for replays), not {record_to!r}")
+    if record_to and not replays and not (record_to.endswith(".gif") and Path(record_to).absolute().parent.is_dir()):
+        raise UsageError(f"--record must name a .gif file in a folder that exists (for smac: a folder for replays), "
+                         f"not {record_to!r}")
     env = make_env(cfg, min(episodes, cfg.num_envs), torch.device("cpu"), cfg.seed, **replays)
     try:
         for size in ("obs_dim", "n_actions", "n_agents"):
             if getattr(env, size) != getattr(policy.agent, size):
                 raise UsageError(f"{cfg.env} has {size} {getattr(env, size)}, but the policy was trained with "
                                  f"{getattr(policy.agent, size)}")
+        if record_to and not replays and not hasattr(env, "draw"):
+            raise UsageError("--record: this environment cannot be drawn")
         facts = greedy_episodes(env, lambda step, hidden: policy.act(step.obs, step.avail, hidden), episodes)
         if record_to and not replays:
             record(env, policy, Path(record_to))
@@ -1215,8 +1221,6 @@ def evaluate(path: str, episodes: int = 32, record_to: str = "", cfg: Config | N
 
 def record(env, policy: Policy, path: Path, fps: int = 6) -> None:
     """Draw one greedy episode of environment 0 into a GIF."""
-    if not hasattr(env, "draw"):
-        raise UsageError("--record: this environment cannot be drawn")
     try:
         from matplotlib import animation, pyplot
     except ImportError:
@@ -1268,7 +1272,7 @@ class Command:
     """run directory to go on with, exactly where it stopped (beside it: --total-steps, --device)"""
     evaluate: str = ""
     """run directory or checkpoint file: play greedy, decentralised episodes (beside it: --env, --env-args,
-    --seed)"""
+    --num-envs, --seed)"""
     episodes: int = 32
     """episodes of --evaluate"""
     record: str = ""
@@ -1282,7 +1286,7 @@ def parse(arguments: list[str]) -> Command:
     except ImportError:
         raise UsageError("the command line needs tyro: pip install tyro") from None
 
-    def cli(config: Config) -> Command:
+    def cli(config: Config, arguments: list[str]) -> Command:
         errors, stderr = io.StringIO(), sys.stderr
         sys.stderr = errors
         try:
@@ -1296,23 +1300,23 @@ def parse(arguments: list[str]) -> Command:
         finally:
             sys.stderr = stderr
 
-    first = cli(Config())
+    first = cli(Config(), [argument for argument in arguments if argument not in ("-h", "--help")])
     if first.resume and first.evaluate:
         raise UsageError("--resume and --evaluate exclude each other")
     if first.record and not first.evaluate:
         raise UsageError("--record goes with --evaluate")
     if not (first.resume or first.evaluate):
-        return cli(Config(env=first.config.env))
+        return cli(Config(env=first.config.env), arguments)
     saved = read_config(first.resume) if first.resume else load(first.evaluate).config
-    command = cli(saved)
+    command = cli(saved, arguments)
     if command.config.env != saved.env and command.config.env_args == saved.env_args:
         command.config.env_args = ()  # they were the other environment's
     mode, allowed = (("--resume", ("total_steps", "device")) if first.resume else
-                     ("--evaluate", ("env", "env_args", "seed")))
+                     ("--evaluate", ("env", "env_args", "num_envs", "seed")))
     for name, value in dataclasses.asdict(saved).items():
         if getattr(command.config, name) != value and name not in allowed:
-            flags = ["--" + name.replace("_", "-") for name in (name, *allowed)]
-            raise UsageError(f"{flags[0]} cannot be changed by {mode}; what can: {', '.join(flags[1:])}")
+            refused, *can = ("--" + field.replace("_", "-") for field in (name, *allowed))
+            raise UsageError(f"{refused} cannot be changed by {mode}; what can: {', '.join(can)}")
     return command
 
 

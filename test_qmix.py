@@ -455,8 +455,7 @@ def test_a_run_that_stops_after_every_move_equals_one_that_never_stops(tmp_path)
             if run.updates_due() > 0:
                 run.learn(1)
             elif run.test_due():
-                row = run.test()
-                run.best = max(run.best, row["test_return"])
+                run.test()
             elif run.finished():
                 return run
             else:
@@ -639,6 +638,7 @@ def trained(tmp_path_factory):
     ("--resume /nowhere", "/nowhere"), ("--evaluate /nowhere", "/nowhere"), ("--record x.gif", "--evaluate"),
     ("--resume a --evaluate b", "exclude"), ("--cuda False", "cuda"), ("stray", "stray"), ("--out /dev/null/x", "null"),
     ("--evaluate {run} --episodes 0", "episodes"), ("--evaluate {run} --record x.mp4", ".gif"),
+    ("--evaluate {run} --record nowhere/x.gif", "folder that exists"),
     ("--evaluate {run} --env two-step", "trained with"), ("--evaluate {run} --lr 1", "lr"),
     ("--resume {run} --lr 1", "lr"), ("--out {run}", "already holds a run")])
 def test_bad_input_is_one_line_and_code_2(trained, capsys, arguments, word, tmp_path, monkeypatch):
@@ -649,6 +649,35 @@ def test_bad_input_is_one_line_and_code_2(trained, capsys, arguments, word, tmp_
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ") and word in err
     assert {file: file.read_bytes() for file in Path(trained).iterdir()} == before and not list(tmp_path.iterdir())
+
+
+def test_what_learns_nothing_cannot_be_evaluated_as_if_it_did(tmp_path, capsys):
+    """Catches: greedy episodes of untrained weights under the name of the random policy or the heuristic."""
+    cfg = tiny(tmp_path, algo="random", total_steps=200)
+    qmix.train(cfg)
+    assert qmix.main(["--evaluate", cfg.out]) == 2 and "learns nothing" in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_the_environment(capsys):
+    """Catches: Checkers' preset shown as everyone's."""
+    for env, steps in (("two-step", 10_000), ("smac:3m", 2_000_000)):
+        with pytest.raises(SystemExit) as leaving:
+            qmix.main(["--env", env, "--help"])
+        assert not leaving.value.code
+        assert f"(default: {steps})" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_a_run_goes_on_where_the_generators_are_of_another_kind(tmp_path):
+    """Catches: a run from a GPU that a CPU cannot resume (a CUDA generator's state has 16 bytes)."""
+    run = qmix.Run(tiny(tmp_path))
+    run.play()
+    saved, again = run.state_dict(), qmix.Run(run.cfg)
+    saved["generators"]["explore"] = torch.zeros(16, dtype=torch.uint8)
+    again.load_state_dict(saved)
+    same = [torch.equal(again.generators[k].get_state(), run.generators[k].get_state()) for k in run.generators]
+    assert same == [True, False, True]  # env, explore, sample
+    again.play()
+    assert len(again.replay) == 2 * len(run.replay)
 
 
 class Bomb:
@@ -732,6 +761,8 @@ def test_presets_and_explicit_values():
     assert qmix.Config(env="checkers", lr=5e-4).lr == 5e-4 and qmix.Config(env="smac:3m").lr == 5e-4
     assert qmix.parse(["--env", "two-step", "--mixing-dim", "9"]).config.mixing_dim == 9
     assert qmix.parse(["--env", "two-step"]).config.buffer_size == 500
+    assert qmix.Config(env="checkers-v3").lr == qmix.PRESETS["checkers"]["lr"]
+    assert qmix.Config(env="checkers_mine:Game").lr == qmix.Config(env="skirmisher:Game").lr == 5e-4
     with pytest.raises(UsageError, match="unknown setting"):
         qmix.Config(batchsize=3)
 
@@ -739,11 +770,16 @@ def test_presets_and_explicit_values():
 # -------------------------------------------------------------------------------------------------- speed and memory
 
 
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_bench_compares_equal_updates():
     """Catches: a learner that is fast because it computes something else (the losses are compared inside)."""
-    spec = importlib.util.spec_from_file_location("bench", HERE / "docs" / "bench.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = load_script("bench")
     sizes = dict(n_agents=2, n_actions=3, obs_dim=4, state_dim=5, T=20)
     found = bench.compare_learners(sizes, torch.device("cpu"), share=0.4)
     assert len(found) == 4 and min(found.values()) > 0
@@ -891,6 +927,25 @@ def test_readme_names_every_flag_with_its_default():
         line = next(line for line in text.splitlines() if line.startswith(f"| `--{field.name.replace('_', '-')}` |"))
         assert line.split(" | ")[1] == f"`{default}`", field.name
         assert f'    {field.name}: {field.type} = ' in source and f'"""{line.split(" | ")[2][:-2]}"""' in source
+
+
+def test_gathered_runs_are_kept_apart(tmp_path):
+    """Catches: one run gathered twice, or a run with other flags drawn among those of the preset."""
+    pytest.importorskip("matplotlib")
+    plot, folders = load_script("plot"), []
+    for i, given in enumerate((dict(seed=1), dict(seed=2, out="x", threads=3), dict(seed=1, lr=0.5, double_q=False))):
+        folders.append(tmp_path / str(i))
+        folders[i].mkdir()
+        config = qmix.dataclasses.asdict(qmix.Config(env="checkers", **given))
+        (folders[i] / "config.json").write_text(json.dumps(dict(config=config)))
+        qmix.write_metrics(folders[i] / "metrics.csv", [dict.fromkeys(qmix.COLUMNS, 10 * i + j) for j in range(3)])
+    plot.gather(tmp_path / "all.csv", folders)
+    runs = plot.read(tmp_path / "all.csv")
+    assert list(runs) == [("checkers", "qmix", seed, flags) for seed, flags in
+                          (("1", ""), ("2", ""), ("1", "--lr 0.5 --no-double-q"))]
+    assert [list(run["loss"]) for run in runs.values()] == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
+    with pytest.raises(SystemExit, match="second run of checkers qmix 1"):
+        plot.gather(tmp_path / "twice.csv", [folders[0], folders[0]])
 
 
 def test_a_game_that_keeps_failing_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd):
