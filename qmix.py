@@ -931,8 +931,7 @@ class Run:
             target_team=self.target_team.state_dict(), optimizer=self.optimizer.state_dict(), counts=self.counts,
             generators={name: generator.get_state() for name, generator in self.generators.items()},
             replay=self.replay.state_dict() if self.learns and self.cfg.save_replay else None, rows=self.rows,
-             returns=self.returns, stats=self.stats, clock=self.clock.seconds,
-            seconds=self.seconds_now())
+            returns=self.returns, stats=self.stats, clock=self.clock.seconds, seconds=self.seconds_now())
 
     def load_state_dict(self, saved: dict) -> None:
         self.team.load_state_dict(saved["team"])
