@@ -912,10 +912,10 @@ def test_readme_own_environment_runs_as_printed(tmp_path, monkeypatch, capfd):
 def test_readme_python_lines_run(tmp_path, monkeypatch):
     """Catches: README lines for other projects that have drifted from the code."""
     monkeypatch.chdir(tmp_path)
-    step = envs.make("checkers", n_envs=1).reset()
-    scope = {"obs": step.obs[0], "avail": step.avail[0]}
+    scope = {}
     exec(readme_block("qmix.load").replace("total_steps=50_000", "total_steps=200"), scope)
-    assert scope["actions"].shape == (2,) and scope["facts"]["env_steps"] >= 200
+    assert scope["actions"].shape == (1, 2) and scope["facts"]["env_steps"] >= 200
+    assert scope["step"].terminated.item() or scope["env"].steps.item() == 100
 
 
 def test_readme_names_every_flag_with_its_default():
@@ -946,6 +946,16 @@ def test_gathered_runs_are_kept_apart(tmp_path):
     assert [list(run["loss"]) for run in runs.values()] == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
     with pytest.raises(SystemExit, match="second run of checkers qmix 1"):
         plot.gather(tmp_path / "twice.csv", [folders[0], folders[0]])
+
+
+def test_readme_has_the_results_of_the_csvs():
+    """Catches: figures drawn again from new runs, and README's tables left as they were."""
+    pytest.importorskip("matplotlib")
+    plot, text = load_script("plot"), (HERE / "README.md").read_text()
+    for name in ("checkers.csv", "skirmish.csv"):
+        for env, algo, flags, seeds, results, *_ in plot.table(name):
+            assert not flags and len(seeds.split(", ")) >= 3
+            assert results in text, (env, algo)
 
 
 def test_a_game_that_keeps_failing_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd):

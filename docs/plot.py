@@ -25,8 +25,7 @@ import qmix  # noqa: E402
 COLORS = {"iql": "#7f7f7f", "vdn": "#1f77b4", "qmix": "#d62728", "vdn-s": "#17becf", "qmix-lin": "#ff7f0e",
           "qmix-ns": "#9467bd"}  # the same in every figure
 KEYS = ("env", "algo", "seed", "flags")
-KEEP = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_return", "test_return", "test_win_rate",
-        "loss")
+KEEP = ("env_steps", "episodes", "updates", "seconds", "train_return", "test_return", "test_win_rate", "loss")
 
 
 def flags(config: dict) -> str:
@@ -120,7 +119,7 @@ def checkers() -> None:
         axes.axhline(level, color="black", linewidth=0.6, linestyle=":")
         if axes is left:
             axes.text(0.99, level + (1 if level != 83.54 else -4.2), text, fontsize=8, ha="right",
-                      transform=axes.get_yaxis_transform())
+                      transform=axes.get_yaxis_transform(), bbox=dict(facecolor="white", linewidth=0, pad=1))
     for (_, algo, *_), run in runs.items():
         if algo == "qmix":
             left.plot(run["seconds"], run["test_return"], color=COLORS[algo], linewidth=1, alpha=0.6)
