@@ -68,10 +68,11 @@ PRESETS = {
                      threads=1),
     # Minutes instead of hours: Adam and Q(lambda) for the authors' RMSprop and one-step targets, an update per 4
     # episodes; a target that follows sooner and a replay that forgets the first, random battles sooner make up for the
-    # updates that are missing; the falling learning rate steadies the end. Measured effects are in docs/results.md.
+    # updates that are missing; the falling learning rate steadies the end; a second thread gains a fifth at most, and
+    # on a busy machine costs far more. Measured effects are in docs/results.md.
     "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
                      lr_anneal=True, td_lambda=0.6, target_tau=0.05, buffer_size=1000, test_episodes=64,
-                     test_interval_steps=20_000),
+                     test_interval_steps=20_000, threads=1),
 }
 
 

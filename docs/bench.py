@@ -213,7 +213,7 @@ def runs(device: torch.device) -> list[str]:
     slow = ("--env slow:Slow --num-envs 1 --threads 1 --batch-size 8 --buffer-size 64 --test-episodes 1 "
             "--test-interval-steps 100000")
     jobs = {"Checkers, preset, its first 150,000 steps": "--env checkers --total-steps 150000",
-            "skirmish:2s3z, preset, its first 60,000 steps": "--env skirmish:2s3z --threads 1 --total-steps 60000",
+            "skirmish:2s3z, preset, its first 60,000 steps": "--env skirmish:2s3z --total-steps 60000",
             "4 ms of computing per step, 1 process": slow + " --total-steps 4000",
             "the same, torchrun with 2 processes": slow + " --total-steps 8000"}
     lines = ["| run | env steps/s | environment | acting | learning | peak memory |", "|---|--:|--:|--:|--:|--:|"]
