@@ -910,7 +910,7 @@ class Run:
         means = np.mean(self.stats, axis=0).tolist() if self.stats else [None] * 4
         row = dict(zip(COLUMNS, (
             steps, self.counts["episodes"], self.counts["updates"], now,
-            self.cfg.epsilon(steps, torch.linspace(0, 1, 101)).mean().item(),
+            self.cfg.epsilon(steps, torch.linspace(0, 1, 101)).mean().item(),  # what the agents draw, on average
             np.mean(self.returns).item() if self.returns else None, mean["return"],
             facts["return"].std(correction=0).item(), mean.get("battle_won"), *means,
             (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()),

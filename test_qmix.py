@@ -732,6 +732,8 @@ def test_evaluate_record_and_act_need_the_agents_alone(trained, tmp_path, capsys
     table = metrics(trained)
     assert facts["test_return"] == pytest.approx(float(table[-1][table[0].index("test_return")]))
     assert (tmp_path / "demo.gif").read_bytes()[:6] == b"GIF89a"
+    assert qmix.main(["--evaluate", trained, "--episodes", "3", "--num-envs", "1"]) == 0  # such as games of StarCraft
+    assert json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("result: ")) == facts
     policy, env = qmix.load(trained), envs.make("checkers", n_envs=2)
     assert not any(isinstance(value, (qmix.QMIX, qmix.Replay, qmix.Team)) for value in vars(policy).values())
     step, hidden, total = env.reset(), None, 0.0
@@ -946,16 +948,22 @@ def test_gathered_runs_are_kept_apart(tmp_path):
     assert [list(run["loss"]) for run in runs.values()] == [[0, 1, 2], [10, 11, 12], [20, 21, 22]]
     with pytest.raises(SystemExit, match="second run of checkers qmix 1"):
         plot.gather(tmp_path / "twice.csv", [folders[0], folders[0]])
+    assert not (tmp_path / "twice.csv").exists()
 
 
 def test_readme_has_the_results_of_the_csvs():
     """Catches: figures drawn again from new runs, and README's tables left as they were."""
     pytest.importorskip("matplotlib")
     plot, text = load_script("plot"), (HERE / "README.md").read_text()
-    for name in ("checkers.csv", "skirmish.csv"):
-        for env, algo, flags, seeds, results, *_ in plot.table(name):
-            assert not flags and len(seeds.split(", ")) >= 3
-            assert results in text, (env, algo)
+    found = {(env.removeprefix("skirmish:"), algo): results for name in ("checkers.csv", "skirmish.csv")
+             for env, algo, flags, _, results, *_ in plot.table(name) if not flags}
+    for algo in LEARNERS:
+        assert f"\n| {algo} | {found['checkers', algo]} |" in text
+    rows = [(env, "iql vdn qmix") for env in ("3m", "2s3z", "3s5z", "1c3s5z")]
+    for env, algos in [*rows, ("3s5z", "qmix vdn-s qmix-lin qmix-ns")]:
+        assert f"\n| {env} | {' | '.join(found[env, algo] for algo in algos.split())} |" in text
+    assert len(found) == len(LEARNERS) + 4 * 3 + 3  # and in the CSVs nothing else, nor with other flags
+    assert not any(flags for name in ("checkers.csv", "skirmish.csv") for _, _, flags, *_ in plot.table(name))
 
 
 def test_a_game_that_keeps_failing_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch, capfd):

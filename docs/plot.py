@@ -39,19 +39,19 @@ def flags(config: dict) -> str:
 
 
 def gather(target: str, runs: list[str]) -> None:
-    gathered = set()
+    gathered: dict = {}
+    for run in runs:
+        config = json.loads((Path(run) / "config.json").read_text())["config"]
+        key = config["env"], config["algo"], config["seed"], flags(config)
+        if key in gathered:
+            sys.exit(f"error: {run} is a second run of {' '.join(map(str, key))}")
+        with open(Path(run) / "metrics.csv") as rows:
+            gathered[key] = [[f"{float(row[name]):.6g}" if row[name] else "" for name in KEEP]
+                             for row in csv.DictReader(rows)]
     with open(target, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow([*KEYS, *KEEP])
-        for run in runs:
-            config = json.loads((Path(run) / "config.json").read_text())["config"]
-            key = config["env"], config["algo"], config["seed"], flags(config)
-            if key in gathered:
-                sys.exit(f"error: {run} is a second run of {' '.join(map(str, key))}")
-            gathered.add(key)
-            with open(Path(run) / "metrics.csv") as rows:
-                table.writerows([*key, *(f"{float(row[name]):.6g}" if row[name] else "" for name in KEEP)]
-                                for row in csv.DictReader(rows))
+        table.writerows([*key, *row] for key, rows in gathered.items() for row in rows)
 
 
 def read(name: str) -> dict[tuple, dict[str, np.ndarray]]:
