@@ -796,6 +796,8 @@ def work(spec):
     signal.signal(signal.SIGTERM, leave)
     threading.Thread(target=leave_when_alone, daemon=True).start()
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setscheduler"):  # Linux: a worker that wakes leaves the trainer to wake the rest
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     for seed in (random.seed, np.random.seed, torch.manual_seed):  # for environments that draw from these
         seed(spec["seed"])
     env = None
