@@ -6,7 +6,7 @@ the team's (Eq. 4, 5). Training may look at the true state; acting needs each ag
 
     python qmix.py --env checkers          # ends at a greedy return of about 83.5; README.md has the figures
 
-Read from top to bottom: Config, agent, mixers, replay, rollout, loss, then the run around them.
+Down to the line of = signs stands all that QMIX is; below it what surrounds a run, from ranks to the command line.
 
 Axes      B episodes, T steps, N agents, A actions, O observation, S state, H hidden units, E mixing units; always in
           the order (B, T, N, last). obs, state and avail have T+1 rows, one more than actions and reward: what follows
@@ -19,190 +19,87 @@ Departures from the paper, each marked where it stands:
   1. hyper-networks have one hidden layer, as in JMLR (arXiv 2003.08839) and the authors' code (--hypernet-dim 0: ICML)
   2. double Q-learning in the target, as in the authors' code (--no-double-q: the plain maximum of Eq. 6)
   3. several environments play at once; the number of updates per episode stays what it is for one
-  4. PRESETS: what the small environments need instead of the authors' numbers for StarCraft
+  4. PRESETS, further down: what the small environments need instead of the authors' numbers for StarCraft
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
-import fcntl
-import io
+import importlib.util
 import json
 import math
 import os
-import platform
-import resource
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import envs
-from envs import UsageError
+spec = importlib.util.spec_from_file_location("qmix_envs", Path(__file__).with_name("envs.py"))
+envs = sys.modules["qmix_envs"] = importlib.util.module_from_spec(spec)  # the envs.py beside this file, whatever else
+spec.loader.exec_module(envs)                                            # bears that name in the reader's project
+UsageError = envs.UsageError
 
-# Departure 4: what an environment needs instead of the defaults below; flags override both.
-PRESETS = {
-    # The paper's appendix: uniform exploration, last 500 episodes, target every 100, 8 mixing units. Adam with a larger
-    # step and half the updates, because a reader waits; one thread, because the tensors are tiny.
-    "two-step": dict(total_steps=10_000, num_envs=25, buffer_size=500, epsilon_finish=1.0, target_update_episodes=100,
-                     mixing_dim=8, hypernet_dim=0, episodes_per_update=2.0, optimizer="adam", lr=3e-3, test_episodes=1,
-                     test_interval_steps=1000, threads=1),
-    # Checkers has traps at 48, 59.64 and 72. The way out is what the values of many half-random episodes add up to:
-    # many episodes (64 environments play in a tenth of the time, so an update per 10), precise updates (Adam, a
-    # learning rate that falls, rewards of about 1), targets that carry rewards back fast (they follow at once, and look
-    # a little further than one step), and agents that explore differently: one tries much while the other does what it
-    # knows. Measured effects are in docs/results.md. All greedy episodes are the same here, so one tells.
-    "checkers": dict(total_steps=1_250_000, num_envs=64, episodes_per_update=10.0, buffer_size=4000, optimizer="adam",
-                     lr=1e-3, lr_anneal=True, td_lambda=0.2, reward_scale=0.1, target_tau=0.1,
-                     epsilon_anneal_steps=200_000, epsilon_spread=0.5, test_episodes=1, test_interval_steps=20_000,
-                     threads=1),
-    # Minutes instead of hours: Adam and Q(lambda) for the authors' RMSprop and one-step targets, an update per 4
-    # episodes; a target that follows sooner and a replay that forgets the first, random battles sooner make up for the
-    # updates that are missing; the falling learning rate steadies the end; a second thread gains a fifth at most, and
-    # on a busy machine costs far more. Measured effects are in docs/results.md.
-    "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
-                     lr_anneal=True, td_lambda=0.6, target_tau=0.05, buffer_size=1000, test_episodes=64,
-                     test_interval_steps=20_000, threads=1),
-}
-
+# ----------------------------------------------------------------------------------------------------------- settings
+Algo = Literal["iql", "vdn", "qmix", "vdn-s", "qmix-lin", "qmix-ns", "random", "heuristic"]
+Count = Annotated[int, (1, 10**12)]  # a type, its lowest and its highest value
+Size = Annotated[int, (1, 10**5)]
+Share = Annotated[float, (0.0, 1.0)]
+Positive = Annotated[float, (1e-9, 1e9)]
 
 @dataclasses.dataclass(init=False)
 class Config:
-    """Every number of a run. "(authors)": the default is the paper's and PyMARL's for StarCraft; see also PRESETS.
+    """Every number of a run: what is given, as in `Config(env="checkers", lr=0.1)`, else the environment's preset, else
+    the default below; "(authors)": the paper's and PyMARL's. Raises UsageError: a Config that exists is valid."""
 
-    `Config(env="checkers", lr=1e-3)`: what is given, else the environment's preset, else the default below.
-    """
-
-    env: str = "checkers"
-    """two-step, checkers, checkers-v1 .. -v3, skirmish:MAP, smac:MAP, ma_gym:ID, or module:Class (your own)"""
-    env_args: tuple[str, ...] = ()
-    """key=value ...: arguments of a smac, ma_gym or own environment, such as difficulty=7"""
-    algo: str = "qmix"
-    """iql (Tan 1993), vdn (Sunehag 2017), qmix; ablations vdn-s, qmix-lin, qmix-ns; not learned: random, heuristic"""
-    seed: int = 1
-    """seeds the weights, the environments, exploration and sampling"""
-    total_steps: int = 2_000_000
-    """length of the run, environment steps summed over the environments (SMAC: 2 million)"""
-    num_envs: int = 8
-    """environments that play side by side (authors: 1, or 8 processes)"""
-    device: str = "auto"
-    """auto, cpu or cuda: where networks, replay and batched environments live"""
-    out: str = ""
-    """run directory; empty: a new one under runs/"""
-    gamma: float = 0.99
-    """discount per step (authors)"""
-    lr: float = 5e-4
-    """learning rate, per update (authors)"""
-    lr_anneal: bool = False
-    """let the learning rate fall linearly to a tenth over the second half of the run (authors: no)"""
-    compile: bool = False
-    """on a GPU: record acting, the environment's step and the update as CUDA graphs; elsewhere a line says it cannot"""
-    threads: int = 0
-    """CPU threads; 0: as many as torch takes by itself"""
-    optimizer: str = "rmsprop"
-    """rmsprop (alpha 0.99, eps 1e-5: authors) or adam (torch's defaults: PyMARL2)"""
-    batch_size: int = 32
-    """whole episodes per update (authors)"""
-    buffer_size: int = 5000
-    """episodes kept for replay (authors)"""
-    save_replay: bool = True
-    """keep the replay in the checkpoint; without it a resumed run starts with an empty one and is not exact"""
-    checkpoint_seconds: float = 5.0
-    """least seconds between checkpoints; a costly one (a huge replay) is written less often"""
-    episodes_per_update: float = 1.0
-    """new episodes per gradient step, however many environments play (authors)"""
-    target_update_episodes: int = 200
-    """new episodes between copies of the networks into their targets (authors)"""
-    target_tau: float = 0.0
-    """above 0: no copies; the target moves by this share to the live networks after each update (DDPG)"""
-    epsilon_start: float = 1.0
-    """share of random actions at the start (authors)"""
-    epsilon_finish: float = 0.05
-    """share of random actions after epsilon_anneal_steps (authors)"""
-    epsilon_anneal_steps: int = 50_000
-    """environment steps over which epsilon falls linearly (authors)"""
-    epsilon_spread: float = 0.0
-    """above 0: each agent draws its own epsilon per episode, log-uniform from epsilon_finish to this (after Ape-X)"""
-    double_q: bool = True
-    """the live network chooses the next action, the target network values it (authors); off: plain maximum, Eq. 6"""
-    td_lambda: float = 0.0
-    """0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)"""
-    reward_scale: float = 1.0
-    """the learner sees the reward times this (authors: 1); all returns shown are the environment's own"""
-    grad_clip: float = 10.0
-    """largest norm of the gradient, agent and mixer together (authors)"""
-    hidden_dim: int = 64
-    """GRU units of an agent (authors)"""
-    mixing_dim: int = 32
-    """units of the mixing network (authors)"""
-    hypernet_dim: int = 64
-    """hidden units of the weight hyper-networks (JMLR, PyMARL); 0: a single linear layer (ICML)"""
-    test_interval_steps: int = 10_000
-    """environment steps between greedy evaluations (SMAC)"""
-    test_episodes: int = 32
-    """episodes per evaluation (SMAC; the paper: 20)"""
+    env: str = "checkers"  # two-step, checkers, checkers-v1 .. -v3, skirmish:MAP, smac:MAP, ma_gym:ID, or module:Class
+    env_args: tuple[str, ...] = ()  # key=value ...: arguments of a smac, ma_gym or own environment, as in difficulty=7
+    env_timeout: Positive = 120.0  # seconds a smac, ma_gym or own environment may take for a step or reset; then: hung
+    algo: Algo = "qmix"  # iql (Tan 1993), vdn (Sunehag 2017), qmix; ablations -s, -lin, -ns; not learned: the last two
+    seed: Annotated[int, (0, 2**63 - 1)] = 1  # seeds the weights, the environments, exploration and sampling
+    total_steps: Count = 2_000_000  # length of the run, environment steps summed over the environments (SMAC)
+    num_envs: Size = 8  # environments that play side by side (authors: 1, or 8 processes)
+    device: str = "auto"  # auto, cpu or cuda: where networks, replay and batched environments live
+    threads: Annotated[int, (0, 4096)] = 0  # CPU threads; 0: as many as torch takes by itself
+    compile: bool = False  # torch.compile the step of a built-in environment: half a minute first, then it is faster
+    out: str = ""  # run directory; empty: a new one under runs/
+    gamma: Share = 0.99  # discount per step (authors)
+    lr: Positive = 5e-4  # learning rate, per update (authors)
+    lr_anneal: bool = False  # let the learning rate fall linearly to a tenth over the run's second half (authors: no)
+    optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # alpha 0.99, eps 1e-5 (authors); torch's defaults (PyMARL2)
+    batch_size: Size = 32  # whole episodes per update (authors)
+    buffer_size: Count = 5000  # episodes kept for replay (authors)
+    save_replay: bool = True  # keep the replay in the checkpoint; without it a resumed run starts with an empty one
+    checkpoint_seconds: Annotated[float, (0.0, 1e9)] = 5.0  # least seconds between checkpoints; costly ones: more
+    episodes_per_update: Positive = 1.0  # new episodes per gradient step, however many environments play (authors)
+    target_update_episodes: Count = 200  # new episodes between copies of the networks into their targets (authors)
+    target_tau: Share = 0.0  # above 0: no copies; the target moves by this share after each update (DDPG)
+    epsilon_start: Share = 1.0  # share of random actions at the start (authors)
+    epsilon_finish: Share = 0.05  # share of random actions after epsilon_anneal_steps (authors)
+    epsilon_anneal_steps: Count = 50_000  # environment steps over which epsilon falls linearly (authors)
+    epsilon_spread: Share = 0.0  # above 0: each agent draws its own per episode, log-uniform, finish to this (Ape-X)
+    double_q: bool = True  # live network chooses the next action, target values it (authors); off: plain max, Eq. 6
+    td_lambda: Share = 0.0  # 0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)
+    reward_scale: Positive = 1.0  # the learner sees the reward times this; all returns shown are the environment's own
+    grad_clip: Positive = 10.0  # largest norm of the gradient, agent and mixer together (authors)
+    hidden_dim: Size = 64  # GRU units of an agent (authors)
+    mixing_dim: Size = 32  # units of the mixing network (authors)
+    hypernet_dim: Annotated[int, (0, 10**5)] = 64  # hidden units of weight hyper-networks (JMLR); 0: one layer (ICML)
+    test_interval_steps: Count = 10_000  # environment steps between greedy evaluations (SMAC)
+    test_episodes: Size = 32  # episodes per evaluation (SMAC; the paper: 20)
 
     def __init__(self, **given):
-        known = {field.name: field.default for field in dataclasses.fields(Config)}
-        if unknown := given.keys() - known.keys():
-            raise UsageError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-        kind = str(given.get("env", known["env"])).split(":")[0]
-        preset = next((p for name, p in PRESETS.items() if kind == name or kind.startswith(f"{name}-v")), {})
-        for name, value in (known | preset | given).items():
-            setattr(self, name, tuple(value) if name == "env_args" else value)
+        vars(self).update(settle(given))  # below, beside PRESETS
 
-    def check(self) -> Config:
-        """Return self, or raise UsageError with what was expected and what came."""
-        choices = dict(algo=(*MIXERS, "random", "heuristic"), optimizer=("rmsprop", "adam"))
-        ranges = dict(  # name: lowest, highest
-            seed=(0, 2**63 - 1), threads=(0, 4096), total_steps=(1, 10**12), num_envs=(1, 10**6), gamma=(0, 1),
-            lr=(1e-12, 10), checkpoint_seconds=(0, 1e6),
-            batch_size=(1, 10**6), buffer_size=(1, 10**8), episodes_per_update=(1e-3, 1e6),
-            target_update_episodes=(1, 10**9), target_tau=(0, 1), epsilon_start=(0, 1), epsilon_finish=(0, 1),
-            epsilon_anneal_steps=(1, 10**12), epsilon_spread=(0, 1), td_lambda=(0, 1), reward_scale=(1e-9, 1e9),
-            grad_clip=(1e-9, 1e9), hidden_dim=(1, 10**5), mixing_dim=(1, 10**5), hypernet_dim=(0, 10**5),
-            test_interval_steps=(1, 10**12), test_episodes=(1, 10**6))
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            flag = "--" + name.replace("_", "-")
-            kinds = {"int": int, "float": (int, float), "bool": bool, "str": str,
-                     "tuple[str, ...]": tuple}[field.type]  # annotations are strings here
-            if not isinstance(value, kinds) or (isinstance(value, bool) and field.type != "bool"):
-                raise UsageError(f"{flag} must be of type {field.type}, not {value!r}")
-            if name in choices and value not in choices[name]:
-                raise UsageError(f"{flag} must be one of {', '.join(choices[name])}, not {value!r}")
-            if name in ranges and not ranges[name][0] <= value <= ranges[name][1]:  # also refuses NaN
-                raise UsageError(f"{flag} must lie between {ranges[name][0]} and {ranges[name][1]}, not {value}")
-        for name in ("batch_size", "num_envs"):
-            if getattr(self, name) > self.buffer_size:
-                raise UsageError(f"--{name.replace('_', '-')} ({getattr(self, name)}) must not be larger than "
-                                 f"--buffer-size ({self.buffer_size})")
-        if self.epsilon_spread > 0 and not 0 < self.epsilon_finish <= self.epsilon_spread:
-            raise UsageError(f"--epsilon-finish ({self.epsilon_finish}) must lie above 0, and not above "
-                             f"--epsilon-spread ({self.epsilon_spread})")
-        return self
-
-    def epsilon(self, env_steps: int, draws: Tensor) -> Tensor:
-        """Share of random actions: linear from start to finish, or, with epsilon_spread, log-uniform from finish to
-        spread where that is more. draws: uniform in [0, 1), one per agent and episode; returns their shape."""
-        done, start, finish = min(1.0, env_steps / self.epsilon_anneal_steps), self.epsilon_start, self.epsilon_finish
-        shares = torch.full_like(draws, start + done * (finish - start))
-        return shares.maximum(finish * (self.epsilon_spread / finish) ** draws) if self.epsilon_spread else shares
-
-
-# ------------------------------------------------------------------------------------------------------- the networks
-
-
+# --------------------------------------------------------------------------------------------------------- the networks
 class Agent(nn.Module):
     """DRQN agent, fc - GRU - fc (section 4). All agents share its weights and are told apart by a one-hot id."""
 
@@ -213,62 +110,43 @@ class Agent(nn.Module):
         self.gru = nn.GRU(hidden_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, n_actions)
 
-    def inputs(self, obs: Tensor, last_actions: Tensor) -> Tensor:
-        """What the network reads at each step: observation, one-hot last action, one-hot id.
+    def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor | None = None, agents=slice(None),
+                running: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Q-values of T steps: a whole episode in the loss, T = 1 when acting. Returns q (B, T, N, A) and new hidden.
 
-        obs (B, T, N, O) float32; last_actions (B, T, N) int64, -1 where there is none yet. Returns (T, B*N, O+A+N),
-        time first, as the GRU wants it.
+        obs (B, T, N, O) float32; last_actions (B, T, N) int64, -1 where there is none yet; hidden (1, B*N, H) is what
+        an earlier call returned, None (zeros) at the start of an episode. agents: whose rows these are, unless all N
+        are there. running: how many episodes are not over at step t; the others' q may be left out, as zeros.
         """
         B, T, N, _ = obs.shape
         last = F.one_hot(last_actions + 1, self.n_actions + 1)[..., 1:]  # (B, T, N, A), zeros for -1
-        ids = torch.eye(N, device=obs.device).expand(T, B, N, N)
-        return torch.cat([obs.transpose(0, 1), last.transpose(0, 1), ids], dim=-1).view(T, B * N, -1)
-
-    def forward(self, inputs: Tensor, hidden: Tensor | None = None,
-                lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Q-values of T steps: a whole episode in the loss, T = 1 when acting.
-
-        hidden (1, B*N, H) is what an earlier call returned, None (zeros) at the start of an episode. lengths (B,), on
-        the host and longest first: what lies behind the end of an episode may be left out, its q is zero then. Returns
-        q (B, T, N, A) and the new hidden.
-        """
-        (T, R, _), N, q = inputs.shape, self.n_agents, []  # R = B*N
-        stretch = 16 if inputs.device.type == "cpu" else T  # steps at a time: few enough for the processor's cache
-        for t in range(0, T, stretch):
-            rows = R if lengths is None else N * int((lengths >= t).sum())  # row `length` follows the last action
-            x = F.relu(self.fc1(inputs[t:t + stretch, :rows]))
-            x, hidden = self.gru(x, hidden if hidden is None else hidden[:, :rows])
-            q.append(F.pad(self.fc2(x), (0, 0, 0, R - rows)))  # (stretch, B*N, A)
-        return torch.cat(q).view(T, R // N, N, -1).transpose(0, 1), hidden  # (B, T, N, A)
-
-
-# A mixer maps q (B, T, N), the agents' values of their chosen actions, and state (B, T, S) to Q_tot (B, T, 1).
-
-
-def state_value(state_dim: int, mixing_dim: int) -> nn.Module:
-    """V(s), the final bias of the mixer: two layers, unrestricted in sign."""
-    return nn.Sequential(nn.Linear(state_dim, mixing_dim), nn.ReLU(), nn.Linear(mixing_dim, 1))
-
+        ids = torch.eye(self.n_agents, device=obs.device)[agents].expand(B, T, N, -1)
+        parts, q = [part.transpose(0, 1) for part in (obs, last, ids)], []  # (T, B, N, .), time first as in nn.GRU
+        for t in range(0, T, 16):  # a few steps at a time stay in the processor's cache
+            rows = running[t] if running else B
+            x = torch.cat([part[t:t + 16, :rows] for part in parts], dim=-1).flatten(1, 2)  # (16, B*N, O+A+N)
+            x, hidden = self.gru(F.relu(self.fc1(x)), None if hidden is None else hidden[:, :rows * N])
+            q.append(F.pad(self.fc2(x), (0, 0, 0, (B - rows) * N)))  # (16, B*N, A)
+        return torch.cat(q).view(T, B, N, -1).transpose(0, 1), hidden  # (B, T, N, A)
 
 def hypernet(state_dim: int, hypernet_dim: int, n_weights: int) -> nn.Module:
-    """A network that writes weights of another from the state (Ha et al. 2017); the mixer takes their absolute value.
-
-    Departure 1: ICML has a single linear layer (hypernet_dim 0), JMLR and the authors' code one hidden layer.
-    """
+    """A network that writes weights of another from the state (Ha et al. 2017). Departure 1: ICML has a single linear
+    layer (hypernet_dim 0), JMLR and the authors' code one hidden layer."""
     if hypernet_dim == 0:
         return nn.Linear(state_dim, n_weights)
     return nn.Sequential(nn.Linear(state_dim, hypernet_dim), nn.ReLU(), nn.Linear(hypernet_dim, n_weights))
 
-
 class QMIX(nn.Module):
-    """Mixing network of one hidden layer; its weights are non-negative functions of the state (Figure 2a, Eq. 5)."""
+    """Mixing network of one hidden layer; its weights are non-negative functions of the state (Figure 2a, Eq. 5).
+
+    Every mixer maps q (B, T, N), the agents' values of their chosen actions, and state (B, T, S) to Q_tot (B, T, 1)."""
 
     def __init__(self, n_agents: int, state_dim: int, cfg: Config):
         super().__init__()
         self.w1 = hypernet(state_dim, cfg.hypernet_dim, n_agents * cfg.mixing_dim)
         self.b1 = nn.Linear(state_dim, cfg.mixing_dim)
         self.w2 = hypernet(state_dim, cfg.hypernet_dim, cfg.mixing_dim)
-        self.v = state_value(state_dim, cfg.mixing_dim)
+        self.v = hypernet(state_dim, cfg.mixing_dim, 1)  # V(s), the final bias: two layers, unrestricted in sign
 
     def forward(self, q: Tensor, state: Tensor) -> Tensor:
         w1 = self.w1(state).abs().view(*q.shape, -1)  # (B, T, N, E); |.| makes dQ_tot/dQ_a >= 0, Eq. 5
@@ -276,9 +154,8 @@ class QMIX(nn.Module):
         w2 = self.w2(state).abs()  # (B, T, E)
         return (hidden * w2).sum(-1, keepdim=True) + self.v(state)  # (B, T, 1)
 
-
 class QMIXNS(nn.Module):
-    """Ablation QMIX-NS: the same mixing network with weights that do not see the state."""
+    """Ablation QMIX-NS: the same network without hyper-networks; its weights and biases do not see the state."""
 
     def __init__(self, n_agents: int, state_dim: int, cfg: Config):
         super().__init__()
@@ -289,52 +166,23 @@ class QMIXNS(nn.Module):
         hidden = F.elu(F.linear(q, self.hidden.weight.abs(), self.hidden.bias))  # (B, T, E)
         return F.linear(hidden, self.final.weight.abs(), self.final.bias)  # (B, T, 1)
 
-
-class QMIXLin(nn.Module):
-    """Ablation QMIX-Lin: no hidden layer, a non-negative weighted sum whose weights and bias see the state."""
-
-    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
-        super().__init__()
-        self.w = hypernet(state_dim, cfg.hypernet_dim, n_agents)
-        self.v = state_value(state_dim, cfg.mixing_dim)
-
-    def forward(self, q: Tensor, state: Tensor) -> Tensor:
-        return (q * self.w(state).abs()).sum(-1, keepdim=True) + self.v(state)
-
-
-class VDN(nn.Module):
-    """Value decomposition (Sunehag et al. 2017): the plain sum."""
+class Simpler(nn.Module):
+    """What QMIX is compared with. QMIX-Lin has no hidden layer: non-negative weights that see the state, plus V(s).
+    VDN-S: all weights 1, plus V(s). VDN (Sunehag et al. 2017): the plain sum. IQL (Tan 1993): nothing is mixed, each
+    agent learns from the team reward; returns (B, T, N)."""
 
     def __init__(self, n_agents: int, state_dim: int, cfg: Config):
         super().__init__()
+        self.sums = cfg.algo != "iql"
+        self.w = hypernet(state_dim, cfg.hypernet_dim, n_agents) if cfg.algo == "qmix-lin" else None
+        self.v = hypernet(state_dim, cfg.mixing_dim, 1) if cfg.algo in ("qmix-lin", "vdn-s") else None
 
     def forward(self, q: Tensor, state: Tensor) -> Tensor:
-        return q.sum(-1, keepdim=True)
+        weighted = q * self.w(state).abs() if self.w else q
+        q_tot = weighted.sum(-1, keepdim=True) if self.sums else q  # (B, T, 1)
+        return q_tot + self.v(state) if self.v else q_tot
 
-
-class VDNS(nn.Module):
-    """Ablation VDN-S: the sum plus V(s)."""
-
-    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
-        super().__init__()
-        self.v = state_value(state_dim, cfg.mixing_dim)
-
-    def forward(self, q: Tensor, state: Tensor) -> Tensor:
-        return q.sum(-1, keepdim=True) + self.v(state)
-
-
-class IQL(nn.Module):
-    """Independent Q-learning (Tan 1993): nothing is mixed. Returns (B, T, N): each learns from the team reward."""
-
-    def __init__(self, n_agents: int, state_dim: int, cfg: Config):
-        super().__init__()
-
-    def forward(self, q: Tensor, state: Tensor) -> Tensor:
-        return q
-
-
-MIXERS = {"iql": IQL, "vdn": VDN, "vdn-s": VDNS, "qmix": QMIX, "qmix-lin": QMIXLin, "qmix-ns": QMIXNS}
-
+MIXERS = {"iql": Simpler, "vdn": Simpler, "vdn-s": Simpler, "qmix": QMIX, "qmix-lin": Simpler, "qmix-ns": QMIXNS}
 
 class Team(nn.Module):
     """What is trained together, and copied together into the target: the agents' network and the mixer."""
@@ -342,178 +190,90 @@ class Team(nn.Module):
     def __init__(self, env, cfg: Config):
         super().__init__()
         self.agent = Agent(env.obs_dim, env.n_actions, env.n_agents, cfg.hidden_dim)
-        self.mixer = MIXERS.get(cfg.algo, VDN)(env.n_agents, env.state_dim, cfg)  # random, heuristic: never asked
+        self.mixer = MIXERS.get(cfg.algo, Simpler)(env.n_agents, env.state_dim, cfg)  # random, heuristic: never asked
 
-
-# ------------------------------------------------------------------------------------------------------------- replay
-
-
+# -------------------------------------------------------------------------------------------------- replay and acting
 class Replay:
-    """The last `capacity` whole episodes, in tensors allocated once on the training device.
-
-    Raises UsageError if they cannot fit into memory.
-    """
+    """The last `capacity` whole episodes, in tensors allocated once on the training device (UsageError if they do not
+    fit there). T+1 rows hold each observation once: row t+1 is what follows row t."""
 
     def __init__(self, env, capacity: int, device: torch.device):
         T, N = env.episode_limit, env.n_agents
-        layout = dict(  # T+1 rows hold each observation once: row t+1 is what follows row t
+        self.capacity, self.added = capacity, 0
+        self.data = allocate(capacity, device, dict(
             obs=((T + 1, N, env.obs_dim), torch.float32),
             state=((T + 1, env.state_dim), torch.float32),
             avail=((T + 1, N, env.n_actions), torch.bool),
-            actions=((T, N), torch.uint8 if env.n_actions <= 256 else torch.int16),
+            actions=((T, N), torch.uint8 if env.n_actions <= 256 else torch.int32),
             reward=((T,), torch.float32),
             terminated=((T,), torch.bool),
-        )
-        self.capacity, self.device, self.added = capacity, device, 0
-        self.bytes = capacity * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
-        memory = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda"
-                  else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        if self.bytes > memory:
-            raise UsageError(f"--buffer-size {capacity} needs {self.bytes / 2**30:,.1f} GiB for replay, but "
-                             f"{device} has {memory / 2**30:,.1f} GiB")
-        print(f"replay: {capacity} episodes, {self.bytes / 2**20:,.1f} MiB on {device}")
-        self.data = {name: torch.zeros(capacity, *shape, dtype=dtype, device=device)
-                     for name, (shape, dtype) in layout.items()}
-        self.lengths = torch.zeros(capacity, dtype=torch.int64)  # steps per episode, on the host: it decides shapes
+            filled=((T,), torch.bool),
+        ))
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
 
-    def add(self, episodes: dict[str, Tensor], lengths: Tensor) -> None:
-        """Store episodes as `rollout` returns them; the oldest make room."""
-        slots = torch.arange(self.added, self.added + len(lengths))[-self.capacity:] % self.capacity
+    def add(self, episodes: dict[str, Tensor]) -> None:
+        """Store episodes as `rollout` returns them, `capacity` at most; the oldest make room."""
+        B, T = episodes["filled"].shape
+        slots = torch.arange(self.added, self.added + B) % self.capacity
+        self.data["filled"][slots] = False
         for name, data in self.data.items():
-            new = episodes[name][-self.capacity:]
-            data[slots.to(self.device), :new.shape[1]] = new.to(data.dtype)
-        self.lengths[slots] = lengths[-self.capacity:]
-        self.added += len(lengths)
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Slots and lengths of `batch_size` different episodes, the longest first, (B,) each. They and the generator
-        are on the host, so that nothing waits for the device."""
-        slots = torch.randperm(len(self), generator=generator)[:batch_size]
-        lengths, order = self.lengths[slots].sort(descending=True, stable=True)
-        return slots[order], lengths
-
-    def episodes(self, slots: Tensor, lengths: Tensor, T: int) -> dict[str, Tensor]:
-        """The first T steps of the episodes in these slots; slots and lengths on the device. `filled` (B, T) bool marks
-        the steps that happened."""
-        batch = {name: data[:, : T + 1 if name in ("obs", "state", "avail") else T][slots]
-                 for name, data in self.data.items()}
-        return batch | {"filled": torch.arange(T, device=self.device) < lengths[:, None]}
+            data[slots, :episodes[name].shape[1]] = episodes[name].to(data.dtype)
+        self.added += B
 
     def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`batch_size` different episodes, the longest first and all cut to its length."""
-        slots, lengths = self.draw(batch_size, generator)
-        batch = self.episodes(slots.to(self.device), lengths.to(self.device), int(lengths[0]))
-        return batch | {"lengths": lengths}  # on the host
-
-    def state_dict(self) -> dict:
-        """The slots in use, without their padding."""
-        n, T = len(self), self.data["reward"].shape[1]
-        keep = (torch.arange(T + 1) <= self.lengths[:n, None]).to(self.device)  # (n, T+1)
-        packed = {name: data[:n][keep[:, :data.shape[1]]] for name, data in self.data.items()}
-        return packed | {"lengths": self.lengths[:n].clone(), "added": self.added}
-
-    def load_state_dict(self, saved: dict) -> None:
-        n = len(saved["lengths"])
-        self.lengths[:n], self.added = saved["lengths"], saved["added"]
-        keep = torch.arange(self.data["reward"].shape[1] + 1) <= self.lengths[:n, None]
-        for name, data in self.data.items():
-            data[:n][keep[:, :data.shape[1]].to(self.device)] = saved[name].to(self.device)
-
-
-# ------------------------------------------------------------------------------------------------- acting and rollout
-
-
-def select_actions(q: Tensor, avail: Tensor, epsilon: Tensor | None = None, generator=None) -> Tensor:
-    """Epsilon-greedy over available actions; each agent draws for itself. q (B, N, A), avail (B, N, A), epsilon (B, N),
-    (1, 1), or None: greedy. Returns (B, N) int64."""
-    greedy = q.masked_fill(~avail, -math.inf).argmax(-1)
-    if epsilon is None:
-        return greedy
-    noise = torch.rand(q.shape, generator=generator, device=q.device)
-    random = noise.masked_fill(~avail, -1.0).argmax(-1)  # uniform over what is available
-    explore = torch.rand(greedy.shape, generator=generator, device=q.device) < epsilon  # (B, N): one draw per agent
-    return torch.where(explore, random, greedy)
-
+        slots = torch.randperm(len(self), generator=generator)[:batch_size].to(self.data["filled"].device)
+        lengths, order = self.data["filled"][slots].sum(1).sort(descending=True, stable=True)
+        return {name: data[:, :lengths[0] + (name in ("obs", "state", "avail"))][slots[order]]
+                for name, data in self.data.items()}
 
 @torch.no_grad()
-def act(agent: Agent, obs: Tensor, avail: Tensor, memory=None, epsilon: Tensor | None = None, generator=None):
-    """One step of B teams: obs (B, N, O), avail (B, N, A) -> actions (B, N) int64, and the memory for the next step.
-
-    `memory` is (hidden, last actions); None starts an episode. Uses nothing but each agent's own history.
-    """
+def act(agent: Agent, obs: Tensor, avail: Tensor, memory=None, epsilon: Tensor | None = None, generator=None,
+        agents=slice(None)):
+    """One step of B teams: obs (B, N, O), avail (B, N, A) bool -> actions (B, N) int64, and `memory` for the next step
+    (hidden, last actions; None starts an episode). epsilon (B, N): each agent's share of random actions, for which it
+    draws by itself; None: greedy. Uses nothing but each agent's own history."""
     hidden, last_actions = memory or (None, torch.full(avail.shape[:2], -1, device=obs.device))
-    q, hidden = agent(agent.inputs(obs.unsqueeze(1), last_actions.unsqueeze(1)), hidden)  # T = 1
-    actions = select_actions(q.squeeze(1), avail, epsilon, generator)
+    q, hidden = agent(obs.unsqueeze(1), last_actions.unsqueeze(1), hidden, agents)  # T = 1
+    actions = q.squeeze(1).masked_fill(~avail, -math.inf).argmax(-1)
+    if epsilon is not None:
+        noise = torch.rand(avail.shape, generator=generator, device=obs.device)
+        random = noise.masked_fill(~avail, -1.0).argmax(-1)  # uniform over what is available
+        explore = torch.rand(actions.shape, generator=generator, device=obs.device) < epsilon  # (B, N)
+        actions = torch.where(explore, random, actions)
     return actions, (hidden, actions)
 
-
-class Clock:
-    """Adds up where the time goes: `with clock("env"): ...`. On a GPU env and act are launches; learn waits."""
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(("env", "act", "learn"), 0.0)
-
-    def __call__(self, part: str) -> Clock:
-        self.part = part
-        return self
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self.seconds[self.part] += time.perf_counter() - self.start
-
-
 @torch.no_grad()
-def rollout(env, choose, clock: Clock | None = None) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+def rollout(env, choose) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Play one episode in each of the B environments. `choose(step, memory) -> actions (B, N), memory` is the policy.
-
-    Returns episodes {obs, state, avail (B, T+1, ...), actions, reward, terminated (B, T, ...)}, their lengths (B,) on
-    the host, and facts {"return": (B,), and what the environment's info said at each episode's last step}, on the host.
-    Where an environment reports `void` (its game crashed), that episode is left out.
-    """
-    clock = clock or Clock()
-    with clock("env"):
-        steps = [env.reset()]
-    played, filled, last_info, memory = [], [], {}, None
+    Returns episodes {obs, state, avail (B, T+1, ...), actions, reward, terminated, filled (B, T, ...)} and facts (B,)
+    {return, length, what info said at an episode's last step}. Episodes that are `void` (a crash) are left out."""
+    steps, played, filled, facts, memory = [env.reset()], [], [], {}, None
     running = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
-    for _ in range(env.episode_limit):
-        with clock("act"):
-            actions, memory = choose(steps[-1], memory)
-        with clock("env"):
-            steps.append(step := env.step(actions))
+    while len(played) < env.episode_limit and running.any():
+        actions, memory = choose(steps[-1], memory)
+        steps.append(step := env.step(actions))
         played.append(actions)
         filled.append(running)
-        for name, value in step.info.items():
-            last_info[name] = torch.where(running, value, last_info[name]) if name in last_info else value
+        facts |= {name: torch.where(running, value, facts.get(name, value)) for name, value in step.info.items()}
         running = running & ~(step.terminated | step.truncated)
-        if (env.device.type == "cpu" or isinstance(env, envs.Workers)) and not running.any():  # else asking would stall
-            break
-    stack = lambda name, steps: torch.stack([getattr(step, name) for step in steps], dim=1)  # noqa: E731
-    episodes = {name: stack(name, steps) for name in ("obs", "state", "avail")}  # (B, T+1, ...)
-    episodes |= {name: stack(name, steps[1:]) for name in ("reward", "terminated")}  # (B, T)
-    episodes["actions"] = torch.stack(played, dim=1)  # (B, T, N)
-    filled = torch.stack(filled, dim=1)  # (B, T)
-    facts = {"return": (episodes["reward"] * filled).sum(1).cpu()} | {k: v.cpu() for k, v in last_info.items()}
-    lengths = filled.sum(1).cpu()
+    episodes = {name: torch.stack([getattr(step, name) for step in steps], dim=1) for name in ("obs", "state", "avail")}
+    episodes |= {name: torch.stack([getattr(step, name) for step in steps[1:]], dim=1)
+                 for name in ("reward", "terminated")}
+    episodes |= dict(actions=torch.stack(played, dim=1), filled=torch.stack(filled, dim=1))
+    facts |= {"return": (episodes["reward"] * episodes["filled"]).sum(1), "length": episodes["filled"].sum(1)}
     if "void" in facts:
         keep = ~facts.pop("void")
-        episodes, facts = ({k: v[keep.to(v.device)] for k, v in d.items()} for d in (episodes, facts))
-        lengths = lengths[keep]
-    return episodes, lengths, facts
+        episodes, facts = ({name: value[keep] for name, value in d.items()} for d in (episodes, facts))
+    return episodes, facts
 
-
-# ----------------------------------------------------------------------------------------------------------- the loss
-
-
+# ------------------------------------------------------------------------------------------------------------ the loss
 def td_targets(reward: Tensor, terminated: Tensor, filled: Tensor, v_next: Tensor, gamma: float, lam: float) -> Tensor:
     """y_t = r_t + gamma * ((1 - lam) * v_{t+1} + lam * y_{t+1}), cut where the episode ends; all (B, T, .) float.
 
-    v_next[:, t] values what follows step t. lam = 0 is Eq. 6's one-step target, lam > 0 Peng's Q(lambda).
-    """
+    v_next[:, t] values what follows step t. lam = 0 is Eq. 6's one-step target, lam > 0 Peng's Q(lambda)."""
     if lam == 0:
         return reward + gamma * (1 - terminated) * v_next
     target, y_next = torch.empty_like(v_next), v_next[:, -1]
@@ -523,27 +283,25 @@ def td_targets(reward: Tensor, terminated: Tensor, filled: Tensor, v_next: Tenso
         target[:, t] = reward[:, t] + gamma * (1 - terminated[:, t]) * y_next
     return target
 
-
 def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: float, double_q: bool = True,
             td_lambda: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 6: the mean squared TD error of Q_tot over the steps that happened (for IQL over the agents too).
 
     batch: obs (B, T+1, N, O), state (B, T+1, S), avail (B, T+1, N, A), actions (B, T, N), reward, terminated and filled
-    (B, T); lengths (B,) on the host, if the longest come first. Returns the loss and the means of q_taken (Q_tot of the
-    actions taken) and target, all scalars.
-    """
+    (B, T). Returns the loss and the means of q_taken (Q_tot of the actions taken) and target, all scalars."""
     obs, state, avail, actions = batch["obs"], batch["state"], batch["avail"], batch["actions"].long()
     reward, terminated, filled = (batch[k].to(obs.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
+    numbers = torch.arange(1, len(filled) + 1, device=filled.device)[:, None]  # (B, 1)
+    running = (F.pad(batch["filled"], (1, 0), value=True) * numbers).amax(0).tolist()  # up to the last one not over
 
-    inputs, lengths = team.agent.inputs(obs, last_actions), batch.get("lengths")
-    q, _ = team.agent(inputs, lengths=lengths)  # (B, T+1, N, A)
+    q, _ = team.agent(obs, last_actions, running=running)  # (B, T+1, N, A)
     q_taken = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
     q_tot = team.mixer(q_taken, state[:, :-1])  # (B, T, 1); IQL (B, T, N)
 
     with torch.no_grad():
         # subtle: the target network too runs through the episode from its start; at t+1 alone its memory would be empty
-        q_target, _ = target_team.agent(inputs, lengths=lengths)
+        q_target, _ = target_team.agent(obs, last_actions, running=running)
         chooser = q if double_q else q_target  # departure 2
         best = chooser[:, 1:].masked_fill(~avail[:, 1:], -math.inf).argmax(-1, keepdim=True)  # (B, T, N, 1)
         v_next = target_team.mixer(q_target[:, 1:].gather(-1, best).squeeze(-1), state[:, 1:])  # (B, T, 1); Eq. 4
@@ -553,79 +311,11 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     mean = lambda x: (x * steps).sum() / steps.sum()  # noqa: E731  over the steps that happened
     return mean((q_tot - target) ** 2), {"q_taken": mean(q_tot.detach()), "target": mean(target)}
 
-
 def make_optimizer(team: Team, cfg: Config) -> torch.optim.Optimizer:
     """For the agent's parameters and the mixer's."""
-    device = next(team.parameters()).device
-    recorded = cfg.compile and device.type == "cuda"  # then the learning rate too has its place on the device
-    lr = torch.tensor(cfg.lr, device=device) if recorded else cfg.lr
     if cfg.optimizer == "adam":
-        return torch.optim.Adam(team.parameters(), lr=lr, fused=True, capturable=recorded)
-    return torch.optim.RMSprop(team.parameters(), lr=lr, alpha=0.99, eps=1e-5, capturable=recorded)  # the authors'
-
-
-# ---------------------------------------------------------------------------------------------------- several processes
-
-# `torchrun --nproc-per-node=K qmix.py ...`: each process ("rank") plays its own environments and keeps its own replay;
-# gradients and counts are joined, so that all ranks do the same at the same time. Rank 0 alone speaks and writes.
-# Without torchrun there is one rank, and nothing is joined.
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; its last checkpoint is as it was."""
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum, in place. Raises TrainingFailed if another rank has ended."""
-    try:
-        if dist.is_initialized():
-            dist.all_reduce(tensor)
-        return tensor
-    except RuntimeError as error:
-        raise TrainingFailed(f"rank {rank()}: another process of this run has ended, so this one ends too; the last "
-                             f"checkpoint is kept ({first_line(error)})") from None
-
-
-def average_over_ranks(tensors: list[Tensor], steps: Tensor) -> None:
-    """Each rank's means over its `steps` become, in place, the means over the steps of all ranks."""
-    if dist.is_initialized():
-        flat = torch.cat([*(tensor.flatten() * steps for tensor in tensors), steps.view(1).to(tensors[0].dtype)])
-        sum_over_ranks(flat)
-        for tensor, mean in zip(tensors, (flat[:-1] / flat[-1]).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
-def random_seeds(*key: int) -> list[int]:
-    """Three independent seeds: for the environments, exploration, sampling."""
-    return [int(seed) for seed in np.random.SeedSequence(key).generate_state(3, np.uint64)]
-
-
-@contextlib.contextmanager
-def process_group():
-    """Join the other ranks, if torchrun has started any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2 or dist.is_initialized():
-        yield
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
-
-
-# --------------------------------------------------------------------------------------------------------- the update
-
+        return torch.optim.Adam(team.parameters(), lr=cfg.lr, fused=True)
+    return torch.optim.RMSprop(team.parameters(), lr=cfg.lr, alpha=0.99, eps=1e-5)  # the authors'
 
 def gradient_step(team: Team, target_team: Team, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor],
                   cfg: Config) -> Tensor:
@@ -635,713 +325,526 @@ def gradient_step(team: Team, target_team: Team, optimizer: torch.optim.Optimize
     optimizer.zero_grad()
     loss.backward()
     loss = loss.detach()
-    average_over_ranks([parameter.grad for parameter in team.parameters()] + [loss, *means.values()],
-                       batch["filled"].sum())
+    average_over_ranks([p.grad for p in team.parameters()] + [loss, *means.values()], batch["filled"].sum())
     grad_norm = nn.utils.clip_grad_norm_(team.parameters(), cfg.grad_clip)
     optimizer.step()
     return torch.stack([loss, grad_norm, means["q_taken"], means["target"]])
 
-
-# ---------------------------------------------------------------------------------------------- CUDA graphs (--compile)
-
-
-def cloned(value):
-    """Tensors, alone or in tuples, dicts and Steps, as copies of their own."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {name: cloned(part) for name, part in value.items()}
-    return type(value)(*map(cloned, value)) if isinstance(value, envs.Step) else tuple(map(cloned, value))
-
-
-class Recorded:
-    """A function of tensors as a CUDA graph: one launch instead of one per operation.
-
-    Shapes must stay the same, and what the function changes it must change in place; `generator` is what it draws from.
-    Two calls run as they are, on a stream aside as torch's notes on CUDA graphs ask; the third records. On the CPU
-    nothing is recorded, but inputs have their fixed places too.
-    """
-
-    def __init__(self, function, generator: torch.Generator | None = None):
-        self.function, self.generator, self.calls, self.graph = function, generator, 0, None
-
-    def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls == 1:
-            self.inputs = cloned(inputs)
-        for place, value in zip(self.inputs, inputs):
-            place.copy_(value)
-        if self.inputs[0].is_cuda and self.calls < 3:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                outputs = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(aside)
-            return outputs
-        if self.inputs[0].is_cuda and self.calls == 3:
-            self.record()
-        if self.graph is None:
-            return self.function(*self.inputs)
-        self.graph.replay()
-        return cloned(self.outputs)
-
-    def record(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            if self.generator is not None:
-                graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):  # this runs nothing yet
-                self.outputs = self.function(*self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            print(f"--compile: {getattr(self.function, '__name__', 'function')} cannot be recorded, going on without: "
-                  f"{first_line(error)}")
-
-
-# ---------------------------------------------------------------------------------------------------------- evaluation
-
-
-def greedy_episodes(env, choose, n: int) -> dict[str, Tensor]:
-    """Facts (see `rollout`) and lengths of n episodes, each (n,) float32."""
-    rounds, found = [], 0
-    while found < n:
-        _, lengths, facts = rollout(env, choose)
-        rounds.append(facts | {"length": lengths})
-        found += len(lengths)
-    names = set.intersection(*map(set, rounds))  # a game may tell more as time goes on
-    return {name: torch.cat([facts[name].float() for facts in rounds])[:n] for name in names}
-
-
-# --------------------------------------------------------------------------------------------------------------- a run
-
-COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_return", "test_return", "test_return_std",
-           "test_win_rate", "loss", "grad_norm", "q_taken", "target", "env_steps_per_second", "share_env", "share_act",
-           "share_learn", "dead_allies", "dead_enemies", "voided")
-
-
-def write_whole(path: Path, write) -> None:
-    """Have `write(file)` fill a file, whole or not at all: a kill at any moment leaves the old one or the new one.
-    Rank 0 alone writes."""
-    if rank():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_checkpoint(path: Path, content) -> None:
-    """Save what `content()` returns; it is asked only where something is written."""
-    write_whole(path, lambda file: torch.save(content(), file))
-
-
-def read_checkpoint(path: Path) -> dict:
-    """Load tensors and plain values only (weights_only): a file from a stranger cannot run code."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.get("format") != "qmix.py 1":
-            raise ValueError("it was not written by qmix.py")
-        return content
-    except Exception as error:  # torch and pickle raise nearly anything on a damaged file
-        raise UsageError(f"{path} is not a usable checkpoint: {first_line(error)}") from None
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: the GPU if there is one."""
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name} was asked for, but torch {torch.__version__} finds no GPU here")
-    try:
-        return torch.empty(0, device=name).device
-    except RuntimeError as error:
-        raise UsageError(f"--device {name} cannot be used: {first_line(error)}") from None
-
-
-def make_env(cfg: Config, n_envs: int, device: torch.device, seed: int, **more):
-    """The environment of cfg; `more`: further arguments for it."""
-    pairs = [text.partition("=") for text in cfg.env_args]
-    for key, equals, _ in pairs:
-        if not (key and equals):
-            raise UsageError(f"--env-args takes key=value, not {key!r}")
-    arguments = {key: value for key, _, value in pairs} | more
-    if cfg.algo == "heuristic" and cfg.env.startswith("smac:"):
-        arguments["heuristic_ai"] = "true"
-    return envs.make(cfg.env, n_envs, device, seed, arguments)
-
-
+# -------------------------------------------------------------------------------------------------------- the training
 class Run:
-    """All that a run consists of; `state_dict` is what outlives a stop. Each part moves on by counters alone, so a run
-    that is stopped anywhere between two of them and resumed does the same as one that never stopped."""
+    """What plays and learns. What is due follows from the counters alone, so a run that is stopped after any round and
+    resumed does the same as one that never stopped."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.device = cfg, pick_device(cfg.device)
-        self.learns = cfg.algo in MIXERS
-        env_seed, explore, sample = random_seeds(cfg.seed, rank())  # one seed for all would give all the same numbers
-        self.env = make_env(cfg, cfg.num_envs, self.device, env_seed)
-        if cfg.algo == "heuristic" and not hasattr(self.env, "heuristic"):
-            raise UsageError(f"--algo heuristic: {cfg.env} has none")
-        if cfg.threads:
-            torch.set_num_threads(cfg.threads)
+        self.cfg, self.learns = cfg, cfg.algo in MIXERS
+        seeds = np.random.SeedSequence((cfg.seed, RANK)).generate_state(3, np.uint64)  # one for all: the same numbers
+        env_seed, explore, sample = map(int, seeds)
+        self.env = make_env(cfg, cfg.num_envs, cfg.device, env_seed)
+        self.device = self.env.device
         torch.manual_seed(cfg.seed)  # the same weights on every rank
         self.team = Team(self.env, cfg).to(self.device)
         self.target_team = copy.deepcopy(self.team).requires_grad_(False)
         self.optimizer = make_optimizer(self.team, cfg)
         self.replay = Replay(self.env, cfg.buffer_size, self.device) if self.learns else None
-        self.generators = {"env": self.env.generator, "explore": torch.Generator(self.device).manual_seed(explore),
+        self.generators = {"explore": torch.Generator(self.device).manual_seed(explore),
                            "sample": torch.Generator().manual_seed(sample)}
-        self.explore, self.exploit, self.update = self.decide, self.decide, None  # with --compile: three CUDA graphs
-        if cfg.compile:
-            if self.device.type == "cuda" and not dist.is_initialized():
-                self.record()
-            else:
-                print("--compile: CUDA graphs are for one process on a GPU; going on without")
-        self.counts = dict(env_steps=0, episodes=0, updates=0)  # steps and episodes of all ranks
-        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.rows: list[dict] = []  # metrics.csv
-        self.returns: list[float] = []  # of the training episodes since the last row
-        self.stats: list[list[float]] = []  # of the updates since the last row: loss, grad_norm, q_taken, target
-        self.clock, self.seconds, self.started = Clock(), 0.0, time.perf_counter()
+        if hasattr(self.env, "generator"):
+            self.generators["env"] = self.env.generator
+        self.counts = dict(env_steps=0, episodes=0, updates=0)  # of all ranks
+        self.unlearned = 0.0  # episodes that no update is due for: they are not in the replay of a resumed run
+        self.began = time.perf_counter()
+        self.rows, self.returns, self.stats = [], [], []  # metrics.csv; since its last row: returns, updates' stats
 
-    def decide(self, obs: Tensor, avail: Tensor, hidden: Tensor, last_actions: Tensor, epsilon: Tensor | None = None):
-        return act(self.team.agent, obs, avail, (hidden, last_actions), epsilon, self.generators["explore"])
+    def epsilon(self, draws: Tensor) -> Tensor:
+        """Share of random actions: linear from start to finish, or, with epsilon_spread, log-uniform from finish to
+        spread where that is more. draws: uniform in [0, 1), one per agent and episode; returns their shape."""
+        start, finish, spread = self.cfg.epsilon_start, self.cfg.epsilon_finish, self.cfg.epsilon_spread
+        done = min(1.0, self.counts["env_steps"] / self.cfg.epsilon_anneal_steps)
+        shares = torch.full_like(draws, start + done * (finish - start))
+        return shares.maximum(finish * (spread / finish) ** draws) if spread else shares
 
-    def policy(self, epsilon: Tensor | None = None):
+    def choose(self, epsilon: Tensor | None = None):
         """What `rollout` asks for actions; epsilon (B, N), None: greedy."""
         if self.cfg.algo == "heuristic":
             return lambda step, memory: (self.env.heuristic(), None)
         if self.cfg.algo == "random":
             epsilon = torch.ones(1, 1, device=self.device)
-        B, N = self.env.n_envs, self.env.n_agents
-        start = (torch.zeros(1, B * N, self.cfg.hidden_dim, device=self.device),
-                 torch.full((B, N), -1, device=self.device))
-        if epsilon is None:
-            return lambda step, memory: self.exploit(step.obs, step.avail, *(memory or start))
-        return lambda step, memory: self.explore(step.obs, step.avail, *(memory or start), epsilon)
+        agent, generator = self.team.agent, self.generators["explore"]
+        return lambda step, memory: act(agent, step.obs, step.avail, memory, epsilon, generator)
 
-    def update_from(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        batch = self.replay.episodes(rows, lengths, self.env.episode_limit)  # uncut: shapes must not change
-        return gradient_step(self.team, self.target_team, self.optimizer, batch, self.cfg)
-
-    def record(self) -> None:
-        """Have the CUDA graphs made (--compile)."""
-        self.explore, self.exploit = Recorded(self.decide, self.generators["explore"]), Recorded(self.decide)
-        self.update = Recorded(self.update_from)
-        if not isinstance(self.env, envs.Workers):
-            self.env.step = Recorded(self.env.step, self.env.generator)
-
-    # What there is to do, in this order: the updates that are due, the evaluation that is due, more episodes.
+    def play(self) -> None:
+        """One round: each environment plays an episode, which goes into the replay (departure 3)."""
+        draws = torch.rand(self.env.n_envs, self.env.n_agents, generator=self.generators["explore"], device=self.device)
+        episodes, facts = rollout(self.env, self.choose(self.epsilon(draws)))
+        if self.learns:
+            self.replay.add(episodes)
+        steps, played = sum_over_ranks(torch.tensor([facts["length"].sum(), len(facts["length"])])).tolist()
+        self.counts["env_steps"] += steps
+        self.counts["episodes"] += played
+        self.returns += facts["return"].tolist()
 
     def updates_due(self) -> int:
         """One update once each replay holds a batch, then one per `episodes_per_update` episodes of a rank."""
         if not self.learns or sum_over_ranks(torch.tensor(int(len(self.replay) < self.cfg.batch_size))) > 0:
             return 0
-        new = self.counts["episodes"] / self.ranks - self.cfg.batch_size
-        return int(new / self.cfg.episodes_per_update) + 1 - self.counts["updates"]
+        episodes = self.counts["episodes"] / RANKS - self.unlearned - self.cfg.batch_size
+        return int(episodes / self.cfg.episodes_per_update) + 1 - self.counts["updates"]
 
-    def test_due(self) -> bool:
-        """At the start, whenever another test_interval_steps have passed, and at the end."""
-        if not self.rows:
-            return True
-        last, steps, interval = self.rows[-1]["env_steps"], self.counts["env_steps"], self.cfg.test_interval_steps
-        return last // interval < steps // interval or (self.finished() and last < steps)
+    def learn(self) -> None:
+        """The gradient steps that are due. Raises TrainingFailed where a loss or its gradient is not finite."""
+        cfg, stats = self.cfg, []
+        late = max(2 * self.counts["env_steps"] / cfg.total_steps - 1, 0.0)  # 0 .. 1 over the second half
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - 0.9 * min(late, 1.0)) if cfg.lr_anneal else cfg.lr
+        for _ in range(self.updates_due()):
+            batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
+            stats.append(gradient_step(self.team, self.target_team, self.optimizer, batch, cfg))
+            self.counts["updates"] += 1
+            self.update_target()
+        self.stats += torch.stack(stats).tolist() if stats else []  # the round's one wait for the device
+        if not np.isfinite(self.stats).all():
+            raise TrainingFailed(f"the loss or its gradient is not finite before update {self.counts['updates']}; the "
+                                 "last checkpoint is kept")
+
+    def update_target(self) -> None:
+        """After each update: a small step, or a copy if another target_update_episodes have been learned from."""
+        each = self.cfg.episodes_per_update
+        copy_due = self.counts["updates"] * each % self.cfg.target_update_episodes < each
+        if tau := self.cfg.target_tau or float(copy_due):  # a step of 1 is a copy
+            for target, live in zip(self.target_team.parameters(), self.team.parameters()):
+                target.lerp_(live.detach(), tau)
 
     def finished(self) -> bool:
         return self.counts["env_steps"] >= self.cfg.total_steps
 
-    def play(self) -> None:
-        """One round: each environment plays an episode, which goes into the replay (departure 3)."""
-        draws = torch.rand(self.env.n_envs, self.env.n_agents, generator=self.generators["explore"], device=self.device)
-        policy = self.policy(self.cfg.epsilon(self.counts["env_steps"], draws))
-        episodes, lengths, facts = rollout(self.env, policy, self.clock)
-        if self.learns:
-            self.replay.add(episodes, lengths)
-        steps, played = sum_over_ranks(torch.tensor([lengths.sum(), len(lengths)])).tolist()
-        self.counts["env_steps"] += steps
-        self.counts["episodes"] += played
-        self.returns += facts["return"].tolist()
+    def test_due(self) -> bool:
+        """At the start, whenever another test_interval_steps have passed, and at the end."""
+        last, steps = self.rows[-1]["env_steps"] if self.rows else -1, self.counts["env_steps"]
+        interval = self.cfg.test_interval_steps
+        return last < steps and (last // interval < steps // interval or self.finished())
 
-    def learn(self, updates: int) -> None:
-        """Gradient steps on Eq. 6, and the target's copies between them."""
-        cfg, stats = self.cfg, []
-        done = 2 * self.counts["env_steps"] / cfg.total_steps - 1  # 0 .. 1 over the second half
-        lr = cfg.lr * (1 - 0.9 * min(max(done, 0.0), 1.0)) if cfg.lr_anneal else cfg.lr
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"].fill_(lr) if isinstance(group["lr"], Tensor) else lr
-        for _ in range(updates):
-            if self.update:
-                drawn = self.replay.draw(cfg.batch_size, self.generators["sample"])
-                stats.append(self.update(*(tensor.to(self.device) for tensor in drawn)))
-            else:
-                batch = self.replay.sample(cfg.batch_size, self.generators["sample"])
-                stats.append(gradient_step(self.team, self.target_team, self.optimizer, batch, cfg))
-            self.counts["updates"] += 1
-            self.update_target()
-        stats = torch.stack(stats).tolist()  # the round's one wait for the device
-        for i, row in enumerate(stats):
-            if not all(map(math.isfinite, row)):
-                number = self.counts["updates"] - len(stats) + i + 1
-                raise TrainingFailed(f"update {number}: the loss or its gradient is not finite (loss {row[0]}, norm "
-                                     f"{row[1]}); the last checkpoint is kept")
-        self.stats += stats
+def train(cfg: Config, resume: bool = False, stop=lambda: False) -> dict | None:
+    """Train as `cfg` says, in the run directory cfg.out, and return the facts of the result line. resume: go on with
+    the run there, exactly where it stopped. stop: asked once a round; where it says so, a checkpoint is written and
+    None returned. Raises UsageError for what cannot be done, TrainingFailed, and EnvFailure: a game keeps failing."""
+    run = Run(cfg)
+    with contextlib.ExitStack() as opened:
+        opened.callback(run.env.close)
+        folder = Folder(run, resume, opened)
+        while True:
+            if run.test_due():
+                measure(run)
+                folder.report()
+            stopping = sum_over_ranks(torch.tensor(int(bool(stop())))) > 0  # one for all
+            if stopping or run.finished() or time.perf_counter() > folder.due:
+                folder.checkpoint()
+            if stopping or run.finished():
+                return folder.result()
+            run.play()
+            run.learn()
 
-    @torch.no_grad()
-    def update_target(self) -> None:
-        """After each update: a copy if another target_update_episodes have been learned from, or a small step."""
-        cfg, updates = self.cfg, self.counts["updates"]
-        if cfg.target_tau > 0:
-            for target, live in zip(self.target_team.parameters(), self.team.parameters()):
-                target.lerp_(live, cfg.target_tau)
-        else:
-            copies = [int(n * cfg.episodes_per_update / cfg.target_update_episodes) for n in (updates - 1, updates)]
-            if copies[1] > copies[0]:
-                self.target_team.load_state_dict(self.team.state_dict())
+# ====================================================================================================================
+# ---------------------------------------------------------------------------------------------------- several processes
+# `torchrun --nproc-per-node=K qmix.py ...`: each process ("rank") plays its own environments and keeps its own replay;
+# gradients and counts are joined, so that all ranks do the same at the same time. Rank 0 alone speaks and writes.
+dist, RANK, RANKS = torch.distributed, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    def test(self) -> dict:
-        """Greedy episodes; returns a row of metrics.csv."""
-        facts = greedy_episodes(self.env, self.policy(), self.cfg.test_episodes)
-        mean = {name: values.mean().item() for name, values in facts.items()}
-        now, last = self.seconds_now(), self.rows[-1] if self.rows else dict(env_steps=0, seconds=0.0)
-        steps, seconds = self.counts["env_steps"], max(now - last["seconds"], 1e-9)
-        means = np.mean(self.stats, axis=0).tolist() if self.stats else [None] * 4
-        row = dict(zip(COLUMNS, (
-            steps, self.counts["episodes"], self.counts["updates"], now,
-            self.cfg.epsilon(steps, torch.linspace(0, 1, 101)).mean().item(),  # what the agents draw, on average
-            np.mean(self.returns).item() if self.returns else None, mean["return"],
-            facts["return"].std(correction=0).item(), mean.get("battle_won"), *means,
-            (steps - last["env_steps"]) / seconds, *(part / seconds for part in self.clock.seconds.values()),
-            mean.get("dead_allies"), mean.get("dead_enemies"), getattr(self.env, "voided", 0))))
-        self.rows.append(row)
-        self.returns, self.stats, self.clock = [], [], Clock()
-        return row
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; its last checkpoint is as it was."""
 
-    def seconds_now(self) -> float:
-        return self.seconds + time.perf_counter() - self.started
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum, in place. Raises TrainingFailed if another rank has ended."""
+    try:
+        if RANKS > 1:
+            dist.all_reduce(tensor)
+        return tensor
+    except RuntimeError as error:
+        raise TrainingFailed(f"rank {RANK}: another process of this run has ended ({envs.first_line(error)})") from None
 
-    def weights(self) -> dict:
-        """What a trained policy needs: enough for `load`."""
-        sizes = {name: getattr(self.env, name) for name in ("obs_dim", "n_actions", "n_agents")}
-        return dict(format="qmix.py 1", config=dataclasses.asdict(self.cfg), sizes=sizes, team=self.team.state_dict())
+def average_over_ranks(tensors: list[Tensor], steps: Tensor) -> None:
+    """Each rank's means over its `steps` become, in place, the means over the steps of all ranks."""
+    if RANKS > 1:
+        means = nn.utils.parameters_to_vector(tensors)
+        sums = sum_over_ranks(torch.cat([means * steps, steps.view(1).to(means.dtype)]))
+        nn.utils.vector_to_parameters(sums[:-1] / sums[-1], tensors)
 
-    def state_dict(self) -> dict:
-        return self.weights() | dict(
-            target_team=self.target_team.state_dict(), optimizer=self.optimizer.state_dict(), counts=self.counts,
-            generators={name: generator.get_state() for name, generator in self.generators.items()},
-            replay=self.replay.state_dict() if self.learns and self.cfg.save_replay else None, rows=self.rows,
-            returns=self.returns, stats=self.stats, clock=self.clock.seconds, seconds=self.seconds_now())
+@contextlib.contextmanager
+def process_group():
+    """Join the other ranks, if torchrun has started any."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+        yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
-    def load_state_dict(self, saved: dict) -> None:
-        self.team.load_state_dict(saved["team"])
-        self.target_team.load_state_dict(saved["target_team"])
-        for group, own in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups):
-            group["lr"], group["capturable"] = own["lr"], own["capturable"]  # these go with the device
-        self.optimizer.load_state_dict(saved["optimizer"])
-        # The checkpoint is rank 0's: the others go on with new random numbers and an empty replay. So does a generator
-        # that was saved on another kind of device, where its state has another size.
-        seeds = random_seeds(self.cfg.seed, rank(), saved["counts"]["env_steps"])
-        for (name, generator), seed in zip(self.generators.items(), seeds):
-            if rank() == 0 and len(saved["generators"][name]) == len(generator.get_state()):
-                generator.set_state(saved["generators"][name])
-            else:
-                generator.manual_seed(seed)
-        if rank() == 0 and saved["replay"]:
-            self.replay.load_state_dict(saved["replay"])
-        for name in ("counts", "rows", "returns", "stats", "seconds"):
-            setattr(self, name, saved[name])
-        self.clock.seconds = saved["clock"]
+# ------------------------------------------------------------------------------------- memory, environment, evaluation
+def allocate(capacity: int, device: torch.device, layout: dict) -> dict[str, Tensor]:
+    """Zeros (capacity, ...) for each name's (shape, dtype). Raises UsageError where memory does not suffice."""
+    needed = capacity * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
+    print(f"replay: {capacity} episodes, {needed / 2**20:,.1f} MiB on {device}")
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows; no cgroup; a cgroup without a limit
+        there = min(there, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's
+    try:
+        if needed > there:
+            raise MemoryError(f"there are {there / 2**30:,.1f}")
+        return {name: torch.zeros(capacity, *shape, dtype=dtype, device=device)
+                for name, (shape, dtype) in layout.items()}
+    except (MemoryError, RuntimeError) as error:
+        raise UsageError(f"--buffer-size {capacity}: {needed / 2**30:,.1f} GiB: {envs.first_line(error)}") from None
 
+def make_env(cfg: Config, n_envs: int, device: str, seed: int, render: bool = False, **more):
+    """The environment of cfg. render: it must show pictures; `more`: further arguments for it."""
+    more |= {"heuristic_ai": "true"} if cfg.algo == "heuristic" and cfg.env.startswith("smac:") else {}
+    torch.set_num_threads(cfg.threads or torch.get_num_threads())
+    env = envs.make(cfg.env, n_envs, device, seed, dict(envs.pairs(cfg.env_args)) | more, cfg.env_timeout, render)
+    if cfg.algo == "heuristic" and not hasattr(env, "heuristic"):
+        raise UsageError(f"--algo heuristic: {cfg.env} has none")
+    if cfg.compile and not isinstance(env, envs.Workers):
+        env.step = torch.compile(env.step)
+    return env
 
-class StopRequest:
-    """Ctrl-C and SIGTERM ask the run to stop where it can be resumed; a second one stops it at once."""
+COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_return", "test_return", "test_return_std",
+           "test_win_rate", "loss", "grad_norm", "q_taken", "target", "dead_allies", "dead_enemies", "voided")
+def greedy_episodes(env, choose, n: int) -> dict:
+    """What n greedy episodes came to: their mean return, its standard deviation, and what the environment tells."""
+    rounds, found = [], 0
+    while found < n:
+        rounds.append(rollout(env, choose)[1])
+        found += len(rounds[-1]["length"])
+    facts = {name: torch.cat([each[name].float() for each in rounds])[:n] for name in rounds[0]
+             if all(name in each for each in rounds)}  # a game may tell more as time goes on
+    mean = {name: values.mean().item() for name, values in facts.items()}
+    return dict(test_return=mean["return"], test_return_std=facts["return"].std(correction=0).item(),
+                test_win_rate=mean.get("battle_won"), dead_allies=mean.get("dead_allies"),
+                dead_enemies=mean.get("dead_enemies"), mean_length=mean["length"])
 
-    signal = None
+def measure(run: Run) -> None:
+    """Greedy episodes -> a new row for metrics.csv. The generators stand afterwards where they stood before, so that
+    training goes on as if there had been no evaluation."""
+    before = [generator.get_state() for generator in run.generators.values()]
+    try:
+        found = greedy_episodes(run.env, run.choose(), run.cfg.test_episodes)
+    finally:
+        for generator, state in zip(run.generators.values(), before):
+            generator.set_state(state)
+    learned = zip(("loss", "grad_norm", "q_taken", "target"), np.mean(run.stats, axis=0).tolist() if run.stats else ())
+    row = run.counts | found | dict(learned) | dict(
+        seconds=time.perf_counter() - run.began, voided=getattr(run.env, "voided", 0),
+        epsilon=run.epsilon(torch.linspace(0, 1, 101)).mean().item(),  # what the agents draw, on average
+        train_return=np.mean(run.returns).item() if run.returns else None)
+    run.rows.append({name: row.get(name) for name in COLUMNS})
+    run.returns, run.stats = [], []
 
-    def __enter__(self) -> StopRequest:
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def write_whole(path: Path, write) -> None:
+    """Have `write(file)` fill a file, whole or not at all: a kill at any moment leaves the old one or the new one.
+    Rank 0 alone writes. Raises TrainingFailed where it cannot, as on a full disk."""
+    if RANK:
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        temporary.unlink(missing_ok=True)
+        raise TrainingFailed(f"{path} cannot be written, and is as it was before ({envs.first_line(error)})") from None
 
-    def ask(self, number: int, frame) -> None:
-        if self.signal is not None:
-            raise SystemExit(128 + number)
-        self.signal = number
+def in_use(replay: Replay) -> dict[str, tuple[Tensor, Tensor]]:
+    """The part of each tensor that holds episodes, and which rows (n, T or T+1) of it are no padding: the steps that
+    happened, and, of obs, state and avail, what follows the last one."""
+    filled = replay.data["filled"][:len(replay)]
+    rows = {filled.shape[1]: filled, filled.shape[1] + 1: F.pad(filled, (1, 0), value=True)}
+    return {name: (data[:len(replay)], rows[data.shape[1]]) for name, data in replay.data.items() if name != "filled"}
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+PLAIN = ("counts", "unlearned", "rows", "returns", "stats")  # attributes of Run that are saved as they are
+def checkpoint(run: Run, whole: bool = True) -> dict:
+    """All that a run consists of; not whole: what `load` needs of it."""
+    sizes = {name: int(getattr(run.env, name)) for name in ("obs_dim", "n_actions", "n_agents")}
+    saved, replay = dict(format="qmix.py 1", config=vars(run.cfg), sizes=sizes, team=run.team.state_dict()), None
+    if not whole:
+        return saved
+    if run.learns and run.cfg.save_replay:
+        replay = {name: data[rows] for name, (data, rows) in in_use(run.replay).items()}
+        replay |= dict(added=run.replay.added, filled=run.replay.data["filled"][:len(run.replay)].clone())
+    return saved | {name: getattr(run, name) for name in PLAIN} | dict(
+        target_team=run.target_team.state_dict(), optimizer=run.optimizer.state_dict(), replay=replay,
+        seconds=time.perf_counter() - run.began,
+        generators={name: generator.get_state() for name, generator in run.generators.items()})
 
+def restore(run: Run, saved: dict) -> None:
+    """Make a new run what the saved one was. What the checkpoint, rank 0's, does not hold starts anew: replay and
+    random numbers of other ranks, and a generator from another kind of device, where its state has another size."""
+    for name in PLAIN:
+        setattr(run, name, saved[name])
+    for name in ("team", "target_team", "optimizer"):
+        getattr(run, name).load_state_dict(saved[name])
+    run.began -= saved["seconds"]
+    seeds = np.random.SeedSequence((run.cfg.seed, RANK, run.counts["env_steps"])).generate_state(3, np.uint64)
+    for (name, generator), seed in zip(run.generators.items(), seeds):
+        same = RANK == 0 and len(saved["generators"][name]) == len(generator.get_state())
+        generator.set_state(saved["generators"][name]) if same else generator.manual_seed(int(seed))
+    if saved["replay"] and RANK == 0:
+        run.replay.added = saved["replay"]["added"]
+        run.replay.data["filled"][:len(run.replay)] = saved["replay"]["filled"].to(run.device)
+        for name, (data, rows) in in_use(run.replay).items():
+            data[rows] = saved["replay"][name].to(run.device)
+    if RANKS > 1 or not saved["replay"]:  # an empty replay: updates are due for new episodes alone
+        run.unlearned = run.counts["episodes"] / RANKS - run.counts["updates"] * run.cfg.episodes_per_update
 
-def peak_memory(device: torch.device) -> str:
-    """The most that this process has held; its environments' own processes come on top."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
-    text = f"{peak / 2**20:,.0f} MiB"
-    return text + (f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB on {device}"
-                   if device.type == "cuda" else "")
+def read_checkpoint(path: Path, use):
+    """`use(content)` of a checkpoint, of a run directory's or of a file. Tensors and plain values alone are loaded
+    (weights_only), so that a file from a stranger cannot run code. Whatever is wrong is one UsageError."""
+    file = path / "checkpoint.pt" if path.is_dir() else path
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.get("format") != "qmix.py 1":
+            raise ValueError("it was not written by qmix.py")
+        return use(content)
+    except Exception as error:  # torch and pickle raise nearly anything on a damaged file
+        why = "it holds more than tensors and plain values" if "weights_only" in str(error) else envs.first_line(error)
+        raise UsageError(f"{file} is not a usable checkpoint: {why}") from None
 
+# ------------------------------------------------------------------------------------------------------- run directory
+class Folder:
+    """The directory of a run, locked until `opened` is closed, and what rank 0 writes there: config.json, metrics.csv,
+    checkpoint.pt, best.pt, TensorBoard's events. Also what a person sees: a progress bar, or lines."""
 
-def against_known(value: float, env, more: bool = False) -> str:
-    """A return beside the best that is known; with `more`, beside what else is known of the environment."""
-    known = [f"best known {env.best_return:g}"] if hasattr(env, "best_return") else []
-    known += [env.landmarks] if more and hasattr(env, "landmarks") else []
-    return f"return {value:.2f}" + (f" ({'; '.join(known)})" if known else "")
-
-
-class Report:
-    """What a person sees while it runs: a bar (a line per evaluation where there is no terminal), and TensorBoard."""
-
-    def __init__(self, run: Run, out: Path):
+    def __init__(self, run: Run, resume: bool, opened: contextlib.ExitStack):
+        name = "".join(letter if letter.isalnum() else "-" for letter in run.cfg.env)
+        name += f"-{run.cfg.algo}-{run.cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
+        self.path = Path(run.cfg.out or f"runs/{name}")
         self.run, self.bar, self.board = run, None, None
-        if rank():
+        if RANK == 0:
+            self.claim(resume, opened)
+        if resume:
+            read_checkpoint(self.path, lambda saved: restore(run, saved))
+        self.checkpoint()  # there is one from the start, so that a run can be resumed whenever it is killed
+        opened.push(lambda kind, error, _: isinstance(error, (envs.EnvFailure, BrokenPipeError)) and self.checkpoint())
+        if RANK:
             return
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-                start, total = run.counts["env_steps"], run.cfg.total_steps
-                self.bar = tqdm(initial=start, total=total, dynamic_ncols=True,
-                                bar_format="{l_bar}{bar}| {remaining} left{postfix}")
-            except ImportError:
-                print("no progress bar: tqdm is not installed (pip install tqdm)")
-        try:
+        start, total = run.counts["env_steps"], run.cfg.total_steps
+        try:  # a run goes on without what is missing or broken
+            from tqdm import tqdm
+            self.bar = opened.enter_context(tqdm(initial=start, total=total, dynamic_ncols=True, disable=None))
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(out, purge_step=run.counts["env_steps"])
-        except ImportError:
-            print("no TensorBoard events: it is not installed (pip install tensorboard)")
+            self.board = opened.enter_context(SummaryWriter(self.path, purge_step=start))
+        except Exception as error:
+            print(f"going on without {'TensorBoard' if self.bar is not None else 'a bar'}: {envs.first_line(error)}")
 
-    def update(self) -> None:
-        if self.bar is not None:
-            self.bar.update(min(self.run.counts["env_steps"], self.run.cfg.total_steps) - self.bar.n)
+    def claim(self, resume: bool, opened: contextlib.ExitStack) -> None:
+        """Make and lock the directory, or raise UsageError."""
+        versions = dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
+        content = json.dumps(dict(config=vars(self.run.cfg) | {"out": str(self.path)}, versions=versions), indent=2)
+        try:
+            self.path.mkdir(parents=True, exist_ok=bool(self.run.cfg.out))
+            if not resume and (self.path / "checkpoint.pt").exists():
+                raise UsageError(f"{self.path} already holds a run: go on with --resume, or choose another --out")
+            with contextlib.suppress(ImportError):  # Windows has no locks of this kind
+                import fcntl
+                opened.callback(os.close, lock := os.open(self.path, os.O_RDONLY))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            write_whole(self.path / "config.json", lambda file: file.write(content.encode()))
+        except (OSError, TrainingFailed) as error:
+            why = "it is in use by another process" if isinstance(error, BlockingIOError) else envs.first_line(error)
+            raise UsageError(f"run directory {self.path} cannot be used: {why}") from None
 
-    def row(self, row: dict) -> None:
-        text = against_known(row["test_return"], self.run.env)
-        if row["test_win_rate"] is not None:
-            text += f", wins {row['test_win_rate']:.0%}"
-        text += "".join(f", {part} {row[f'share_{part}']:.0%}" for part in ("env", "act", "learn"))  # of the time
-        if self.bar is not None:
+    def report(self) -> None:
+        """Write and show the newest row; keep the weights if it is the best so far."""
+        *earlier, row = self.run.rows
+        if row["test_return"] > max((each["test_return"] for each in earlier), default=-math.inf):
+            write_whole(self.path / "best.pt", lambda file: torch.save(checkpoint(self.run, whole=False), file))
+        lines = [COLUMNS, *(["" if value is None else str(value) for value in each.values()] for each in self.run.rows)]
+        write_whole(self.path / "metrics.csv", lambda file: file.writelines(f"{','.join(x)}\n".encode() for x in lines))
+        for name, value in row.items():
+            if self.board is not None and value is not None:
+                self.board.add_scalar(name, value, row["env_steps"])
+        known, won = getattr(self.run.env, "best_return", None), row["test_win_rate"]
+        text = f"return {row['test_return']:.2f}" + (f" (best known {known:g})" if known else "")
+        text += f", wins {won:.0%}" if won is not None else ""
+        if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix_str(text)
         else:
             print(f"{row['env_steps']:>9} steps, {row['seconds']:.0f} s: {text}", flush=True)
-        if self.board is not None:
-            for name, value in row.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, row["env_steps"])
 
-    def __enter__(self) -> Report:
-        return self
-
-    def __exit__(self, *_) -> None:
+    def checkpoint(self) -> None:
+        """Write one. The next is due soon enough to lose little by a kill, and after 30 times what this one cost."""
+        start, steps = time.perf_counter(), self.run.counts["env_steps"]
         if self.bar is not None:
-            self.bar.close()
-        if self.board is not None:
-            self.board.close()
+            self.bar.update(min(steps, self.run.cfg.total_steps) - self.bar.n)
+        write_whole(self.path / "checkpoint.pt", lambda file: torch.save(checkpoint(self.run), file))
+        self.due = time.perf_counter() + max(self.run.cfg.checkpoint_seconds, 30 * (time.perf_counter() - start))
 
+    def result(self) -> dict | None:
+        """The facts of the result line; None where the run was stopped before its end."""
+        run, best = self.run, max(row["test_return"] for row in self.run.rows)
+        if not run.finished():
+            return print(f"stopped at {run.counts['env_steps']} environment steps; go on with --resume {self.path}")
+        last = {name: run.rows[-1][name] for name in ("seconds", "test_return", "test_win_rate")}
+        return dict(env=run.cfg.env, algo=run.cfg.algo, seed=run.cfg.seed) | run.counts | last | dict(
+            best_test_return=best, best_known=getattr(run.env, "best_return", None), out=str(self.path))
 
-def write_metrics(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
-
-
-@contextlib.contextmanager
-def run_directory(cfg: Config, resume: bool):
-    """The directory of the run, made or found, and locked for as long as the `with` lasts (by rank 0)."""
-    name = cfg.out or f"runs/{cfg.env.replace(':', '-')}-{cfg.algo}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out, lock = Path(name), None
-    if rank():
-        yield out
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not resume and any((out / file).exists() for file in ("config.json", "checkpoint.pt", "metrics.csv")):
-            raise UsageError(f"{out} already holds a run: go on with --resume {out}, or choose another --out")
-        lock = os.open(out, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-        content = dict(config=dataclasses.asdict(cfg) | {"out": str(out)}, versions=versions)
-        write_whole(out / "config.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
-    except BlockingIOError:
-        os.close(lock)
-        raise UsageError(f"{out} is in use by another process") from None
-    except OSError as error:
-        raise UsageError(f"run directory {out} cannot be written: {error.strerror}") from None
-    try:
-        yield out
-    finally:
-        os.close(lock)
-
-
-def read_config(out: str) -> Config:
-    """The config of a run directory."""
-    try:
-        content = json.loads((Path(out) / "config.json").read_text())
-        return Config(**content["config"] | {"out": str(out)}).check()
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"{out} does not hold a run: {first_line(error)}") from None
-
-
-def go_on(run: Run, out: Path, stop: StopRequest, report: Report) -> None:
-    """Do what is due until nothing is, with a checkpoint now and then: often enough to lose little by a kill, seldom
-    enough not to be felt (3 % of the time at most)."""
-    saved_at, save_cost = time.perf_counter(), 0.0
-    while True:
-        if (due := run.updates_due()) > 0:
-            with run.clock("learn"):
-                run.learn(min(due, 100))  # no more at a time, so that a stop or a checkpoint need not wait long
-        elif run.test_due():
-            best = max((row["test_return"] for row in run.rows), default=-math.inf)
-            row = run.test()
-            if row["test_return"] > best:
-                write_checkpoint(out / "best.pt", run.weights)
-            write_metrics(out / "metrics.csv", run.rows)
-            report.row(row)
-        elif run.finished():
-            break
-        else:
-            try:
-                run.play()
-            except envs.EnvFailure:
-                write_checkpoint(out / "checkpoint.pt", run.state_dict)
-                raise
-            report.update()
-        stopping = sum_over_ranks(torch.tensor(bool(stop.signal), dtype=torch.int64)) > 0
-        if stopping or time.perf_counter() - saved_at > max(run.cfg.checkpoint_seconds, 30 * save_cost):
-            saved_at = time.perf_counter()
-            write_checkpoint(out / "checkpoint.pt", run.state_dict)
-            save_cost = time.perf_counter() - saved_at
-        if stopping:
-            print(f"stopped at {run.counts['env_steps']} environment steps; go on with --resume {out}")
-            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
-    write_checkpoint(out / "checkpoint.pt", run.state_dict)
-
-
-def train(cfg: Config, resume: bool = False) -> dict:
-    """Train as `cfg` says, in the run directory cfg.out, and return the facts that the result line prints.
-
-    resume: go on with the run in cfg.out, exactly where it stopped. Raises UsageError for what cannot be done and
-    TrainingFailed if the loss is no longer finite; Ctrl-C and SIGTERM write a checkpoint and raise KeyboardInterrupt
-    and SystemExit.
-    """
-    run = Run(cfg.check())
-    try:
-        with run_directory(cfg, resume) as out:
-            if resume and (out / "checkpoint.pt").exists():  # killed before the first checkpoint: it starts anew
-                saved = read_checkpoint(out / "checkpoint.pt")
-                try:
-                    run.load_state_dict(saved)
-                except Exception as error:
-                    raise UsageError(f"{out}/checkpoint.pt does not fit this run: {first_line(error)}") from None
-            with StopRequest() as stop, Report(run, out) as report:
-                go_on(run, out, stop, report)
-    finally:
-        run.env.close()
-    last = run.rows[-1]
-    print(f"after {last['env_steps']} steps: greedy " + against_known(last["test_return"], run.env, more=True))
-    print(f"peak memory: {peak_memory(run.device)}")
-    facts = dict(env=cfg.env, algo=cfg.algo, seed=cfg.seed, env_steps=last["env_steps"], episodes=last["episodes"],
-                 updates=last["updates"], seconds=round(last["seconds"], 2), test_return=last["test_return"],
-                 test_win_rate=last["test_win_rate"],
-                 best_test_return=max(row["test_return"] for row in run.rows), out=str(out))
-    return facts | ({"q_tot": two_step_tables(run.team)} if cfg.env == "two-step" else {})
-
-
-# ----------------------------------------------------------------------------------------- using what has been learned
-
-
+# ------------------------------------------------------------------------------------------ using what has been learned
 class Policy:
     """The trained decentralised policy: the agents' network alone, on the CPU; no mixer, no state, no replay."""
 
-    def __init__(self, agent: Agent, config: Config):
-        self.agent, self.config = agent, config
+    def __init__(self, saved: dict):
+        self.config = Config(**saved["config"])
+        if self.config.algo not in MIXERS:
+            raise ValueError(f"--algo {self.config.algo} learns nothing")
+        self.agent = Agent(**saved["sizes"], hidden_dim=self.config.hidden_dim)
+        self.agent.load_state_dict({name.removeprefix("agent."): value for name, value in saved["team"].items()
+                                    if name.startswith("agent.")})
 
-    def act(self, obs, avail, hidden=None) -> tuple[Tensor, tuple]:
+    def act(self, obs, avail, hidden=None, agents=None) -> tuple[Tensor, tuple]:
         """Greedy actions of one team, obs (N, O) and avail (N, A), or of B teams, (B, N, O) and (B, N, A); arrays or
-        tensors. Returns actions (N,) or (B, N) int64, and `hidden` for the next call (`act`'s memory); None starts an
-        episode."""
-        obs, avail = torch.as_tensor(obs, dtype=torch.float32), torch.as_tensor(avail, dtype=torch.bool)
-        N, O, A = self.agent.n_agents, self.agent.obs_dim, self.agent.n_actions
-        if obs.shape[-2:] != (N, O) or avail.shape != (*obs.shape[:-1], A):
-            raise UsageError(f"expected obs (..., {N}, {O}) and avail (..., {N}, {A}), got {tuple(obs.shape)} and "
-                             f"{tuple(avail.shape)}")
-        actions, hidden = act(self.agent, obs.view(-1, N, O), avail.view(-1, N, A), hidden)
-        return actions.view(avail.shape[:-1]), hidden
+        tensors. agents: whose rows these are, such as [2] for agent 2 alone; None: all N are there.
 
+        Returns actions (N,) or (B, N) int64, and `hidden` for the next call (`act`'s memory); None starts an episode.
+        Raises UsageError for other shapes, for numbers that are not finite, and for an agent without an action."""
+        agents = list(range(self.agent.n_agents) if agents is None else agents)
+        obs = envs.as_array("Policy.act: obs", obs, (..., len(agents), self.agent.obs_dim))
+        avail = envs.as_array("Policy.act: avail", avail, (*obs.shape[:-1], self.agent.n_actions), mask=True)
+        teams = obs.reshape(-1, *obs.shape[-2:]), avail.reshape(-1, *avail.shape[-2:])  # (B, N, .)
+        if hidden is not None and hidden[1].shape != teams[0].shape[:2]:
+            raise UsageError(f"Policy.act: hidden is of {len(hidden[1])} teams or other agents, not of {len(teams[0])}")
+        actions, hidden = act(self.agent, *map(torch.from_numpy, teams), hidden, agents=agents)
+        return actions.view(avail.shape[:-1]), hidden
 
 def load(path: str) -> Policy:
     """The policy of a run directory (its last checkpoint) or of a file such as runs/demo/best.pt."""
-    file = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    if not file.exists():
-        raise UsageError(f"{file} does not exist: expected a run directory with a checkpoint, or a checkpoint file")
-    saved = read_checkpoint(file)
-    try:
-        cfg, sizes = Config(**saved["config"]), saved["sizes"]
-        if cfg.algo not in MIXERS:
-            raise ValueError(f"--algo {cfg.algo} learns nothing")
-        agent = Agent(sizes["obs_dim"], sizes["n_actions"], sizes["n_agents"], cfg.hidden_dim)
-        weights = saved["team"].items()
-        agent.load_state_dict({name[len("agent."):]: w for name, w in weights if name.startswith("agent.")})
-    except Exception as error:
-        raise UsageError(f"{file} is not a usable checkpoint: {first_line(error)}") from None
-    return Policy(agent, cfg)
-
+    return read_checkpoint(Path(path), Policy)
 
 def evaluate(path: str, episodes: int = 32, record_to: str = "", cfg: Config | None = None) -> dict:
     """Greedy episodes of the decentralised policy alone. cfg: where to play, unless as in training (same sizes)."""
-    policy = load(path)
-    cfg = cfg or policy.config
     if episodes < 1:
         raise UsageError(f"--episodes must be at least 1, not {episodes}")
+    policy = load(path)
+    cfg = cfg or policy.config
+    choose = lambda step, hidden: policy.act(step.obs, step.avail, hidden)  # noqa: E731
     replays = {"replay_dir": record_to} if record_to and cfg.env.startswith("smac:") else {}
-    if record_to and not replays and not (record_to.endswith(".gif") and Path(record_to).absolute().parent.is_dir()):
-        raise UsageError(f"--record must name a .gif file in a folder that exists (for smac: a folder for replays), "
-                         f"not {record_to!r}")
-    env = make_env(cfg, min(episodes, cfg.num_envs), torch.device("cpu"), cfg.seed, **replays)
-    try:
-        for size in ("obs_dim", "n_actions", "n_agents"):
-            if getattr(env, size) != getattr(policy.agent, size):
-                raise UsageError(f"{cfg.env} has {size} {getattr(env, size)}, but the policy was trained with "
-                                 f"{getattr(policy.agent, size)}")
-        if record_to and not replays and not hasattr(env, "draw"):
-            raise UsageError("--record: this environment cannot be drawn")
-        facts = greedy_episodes(env, lambda step, hidden: policy.act(step.obs, step.avail, hidden), episodes)
+    env = make_env(cfg, min(episodes, cfg.num_envs), "cpu", cfg.seed, bool(record_to), **replays)
+    with contextlib.closing(env):
         if record_to and not replays:
-            record(env, policy, Path(record_to))
-    finally:
-        env.close()
-    mean = {name: values.mean().item() for name, values in facts.items()}
-    return dict(env=cfg.env, algo=cfg.algo, episodes=episodes, test_return=mean["return"],
-                test_return_std=facts["return"].std(correction=0).item(), test_win_rate=mean.get("battle_won"),
-                mean_length=mean["length"], best_known=getattr(env, "best_return", None), out=str(path))
+            envs.record(env, choose, Path(record_to))
+        return dict(env=cfg.env, algo=cfg.algo, episodes=episodes) | greedy_episodes(env, choose, episodes) | dict(
+            best_known=getattr(env, "best_return", None), out=str(path))
 
+# ----------------------------------------------------------------------------------------------- presets, command line
+# Departure 4: what an environment needs instead of Config's defaults; flags override both. Measured: docs/results.md.
+PRESETS = {
+    # The paper's appendix; Adam with a larger step and half the updates, because a reader waits
+    "two-step": dict(total_steps=10_000, num_envs=25, buffer_size=500, epsilon_finish=1.0, target_update_episodes=100,
+                     mixing_dim=8, hypernet_dim=0, episodes_per_update=2.0, optimizer="adam", lr=3e-3, test_episodes=1,
+                     test_interval_steps=1000, threads=1),
+    # Its traps (48, 59.64, 72) are left by many half-random episodes, precise updates and targets that follow at once
+    "checkers": dict(total_steps=950_000, num_envs=64, episodes_per_update=10.0, buffer_size=4000, optimizer="adam",
+                     lr=2e-3, lr_anneal=True, td_lambda=0.5, reward_scale=0.1, target_tau=0.1,
+                     epsilon_anneal_steps=600_000, epsilon_spread=0.5, test_episodes=1, test_interval_steps=20_000,
+                     threads=1),
+    # Minutes instead of hours: Adam, Q(lambda), a soon following target, a replay without the first, random battles
+    "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
+                     lr_anneal=True, td_lambda=0.6, target_tau=0.05, buffer_size=1000, test_episodes=64,
+                     test_interval_steps=20_000, threads=1),
+}
 
-def record(env, policy: Policy, path: Path, fps: int = 6) -> None:
-    """Draw one greedy episode of environment 0 into a GIF."""
-    try:
-        from matplotlib import animation, pyplot
-    except ImportError:
-        raise UsageError("--record needs matplotlib: pip install matplotlib") from None
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    writer, temporary = animation.PillowWriter(fps=fps), path.with_name(path.stem + ".tmp.gif")
-    step, hidden, score, over = env.reset(), None, 0.0, False
-    with writer.saving(figure, temporary, dpi=90):
-        for t in range(env.episode_limit + 1):
-            axes.clear()
-            env.draw(axes, 0)
-            axes.set_title(f"step {t}    return {score:.2f}")
-            for _ in range(2 * fps if over else 1):  # rest on the last picture
-                writer.grab_frame()
-            if over:
-                break
-            actions, hidden = policy.act(step.obs, step.avail, hidden)
-            step = env.step(actions)
-            score += float(step.reward[0])
-            over = bool(step.terminated[0] | step.truncated[0])
-    pyplot.close(figure)
-    os.replace(temporary, path)
-
-
-@torch.no_grad()
-def two_step_tables(team: Team) -> dict:
-    """Q_tot of the two-step game's three states; row: agent 1's action, column: agent 2's. IQL has no Q_tot: the mean
-    of the two agents' values stands in its place."""
-    device = next(team.parameters()).device
-    env = envs.make("two-step", n_envs=2, device=device)
-    start = env.reset()
-    second = env.step(torch.tensor([[0, 0], [1, 0]], device=device))  # environment 0 goes to 2A, 1 to 2B
-    last = torch.tensor([[[-1, -1], [0, 0]], [[-1, -1], [1, 0]]], device=device)  # (B, T, N)
-    q, _ = team.agent(team.agent.inputs(torch.stack([start.obs, second.obs], 1), last))  # (B, T, N, A)
-    state = torch.stack([start.state, second.state], 1)  # (B, T, S)
-    cell = lambda i, j: team.mixer(torch.stack([q[..., 0, i], q[..., 1, j]], -1), state).mean(-1)  # noqa: E731  (B, T)
-    table = torch.stack([torch.stack([cell(i, j) for j in range(2)], -1) for i in range(2)], -2)  # (B, T, A, A)
-    return {"1": table[0, 0].tolist(), "2A": table[0, 1].tolist(), "2B": table[1, 1].tolist()}
-
-
-# --------------------------------------------------------------------------------------------------------- command line
+def settle(given: dict) -> dict:
+    """All settings of a Config: the defaults, then the environment's preset, then what is given; checked, with NumPy's
+    numbers as plain ones, paths as text. Raises UsageError with what was expected and what came."""
+    values = {field.name: field.default for field in dataclasses.fields(Config)}
+    if unknown := given.keys() - values.keys():
+        raise UsageError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(values)}")
+    kind = str(given.get("env", values["env"])).split(":")[0]
+    values |= next((p for name, p in PRESETS.items() if kind == name or kind.startswith(f"{name}-v")), {}) | given
+    values["env_args"] = tuple(f"{key}={value}" for key, value in envs.pairs(values["env_args"]))
+    for name, hint in get_type_hints(Config, include_extras=True).items():
+        kind, value = getattr(hint, "__origin__", hint), values[name]
+        value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if kind is Literal:
+            fits, expected = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
+        else:
+            low, high = getattr(hint, "__metadata__", [(None, None)])[0]
+            value = kind(value) if kind is float and type(value) is int else value
+            fits = type(value) is kind and (low is None or low <= value <= high)  # subtle: True is an int too
+            expected = kind.__name__ + (f" between {low} and {high}" if low is not None else "")
+        if not fits:
+            raise UsageError(f"--{name.replace('_', '-')} must be {expected}, not {value!r}")
+        values[name] = value
+    for low, high in (("batch_size", "buffer_size"), ("num_envs", "buffer_size"), ("epsilon_finish", "epsilon_spread")):
+        if not 0 < values[low] <= values[high] and values["epsilon_spread" if "epsilon" in low else low] > 0:
+            raise UsageError(f"--{low} must lie above 0 and not above --{high}, not {values[low]}".replace("_", "-"))
+    return values
 
 @dataclasses.dataclass
 class Command:
     """QMIX, VDN, IQL and the paper's ablations. Without --resume or --evaluate: train."""
 
     config: Config
-    resume: str = ""
-    """run directory to go on with, exactly where it stopped (beside it: --total-steps, --device)"""
-    evaluate: str = ""
-    """run directory or checkpoint file: play greedy, decentralised episodes (beside it: --env, --env-args,
-    --num-envs, --seed)"""
-    episodes: int = 32
-    """episodes of --evaluate"""
-    record: str = ""
-    """with --evaluate: draw one episode into this .gif; for smac: keep replays in this folder"""
-
+    resume: str = ""  # run directory to go on with, exactly where it stopped (beside it: --total-steps, --device)
+    evaluate: str = ""  # run directory or checkpoint: play greedily (beside it: --env, --env-args, --num-envs, --seed)
+    episodes: int = 32  # episodes of --evaluate
+    record: str = ""  # with --evaluate: draw one episode into this .gif; for smac: keep replays in this folder
 
 def parse(arguments: list[str]) -> Command:
     """Flags over the saved config (--resume, --evaluate) or over the environment's preset."""
-    try:
-        import tyro
-    except ImportError:
-        raise UsageError("the command line needs tyro: pip install tyro") from None
-
-    def cli(config: Config, arguments: list[str]) -> Command:
-        errors, stderr = io.StringIO(), sys.stderr
-        sys.stderr = errors
-        try:
-            return tyro.cli(Command, args=arguments, default=Command(config), config=(tyro.conf.OmitArgPrefixes,))
-        except SystemExit as leaving:
-            if not leaving.code:
-                raise
-            text = errors.getvalue().split("───")  # one line out of tyro's box
-            lines = [line.strip("│╭╮╰╯─ ") for line in "".join(text).splitlines()]
-            raise UsageError(next((line for line in lines if ":" in line), " ".join(lines))) from None
-        finally:
-            sys.stderr = stderr
-
-    first = cli(Config(), [argument for argument in arguments if argument not in ("-h", "--help")])
-    if first.resume and first.evaluate:
-        raise UsageError("--resume and --evaluate exclude each other")
-    if first.record and not first.evaluate:
-        raise UsageError("--record goes with --evaluate")
-    if not (first.resume or first.evaluate):
-        return cli(Config(env=first.config.env), arguments)
-    saved = read_config(first.resume) if first.resume else load(first.evaluate).config
-    command = cli(saved, arguments)
-    if command.config.env != saved.env and command.config.env_args == saved.env_args:
-        command.config.env_args = ()  # they were the other environment's
-    mode, allowed = (("--resume", ("total_steps", "device")) if first.resume else
-                     ("--evaluate", ("env", "env_args", "num_envs", "seed")))
-    for name, value in dataclasses.asdict(saved).items():
-        if getattr(command.config, name) != value and name not in allowed:
-            refused, *can = ("--" + field.replace("_", "-") for field in (name, *allowed))
-            raise UsageError(f"{refused} cannot be changed by {mode}; what can: {', '.join(can)}")
+    import tyro
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--resume", "--evaluate", "--env"):
+        first.add_argument(flag, default="")
+    first.add_argument("--env-args", nargs="*", action="extend", default=[])  # what is repeated adds up
+    first, rest = first.parse_known_args(arguments)
+    given = {name: value for name, value in dict(env=first.env, env_args=first.env_args).items() if value}
+    saved = vars(Config(**given))
+    if path := first.resume or first.evaluate:
+        saved = read_checkpoint(Path(path), lambda content: vars(Config(**content["config"] | {"out": first.resume})))
+        other = {"env_args": ()} if given.get("env", saved["env"]) != saved["env"] else {}  # they were for that one
+    config = Config(**(saved | other | given if path else saved))
+    command = tyro.cli(Command, args=rest, default=Command(config, first.resume, first.evaluate),
+                       config=(tyro.conf.OmitArgPrefixes,))
+    can = ("total_steps", "device") if first.resume else ("env", "env_args", "num_envs", "seed") if path else saved
+    changed = [name for name, value in vars(command.config).items() if value != saved[name] and name not in can]
+    if changed:
+        raise UsageError(f"--{changed[0]} cannot be changed here; what can: {', '.join(can)}".replace("_", "-"))
+    if command.evaluate and command.resume or command.record and not command.evaluate:
+        raise UsageError("--evaluate and --resume exclude each other, and --record goes with --evaluate")
     return command
 
-
 def main(arguments: list[str]) -> int:
-    """Exit code 0; 2 for bad input; 1 where training failed; 130 and 143 after Ctrl-C and SIGTERM."""
+    """Exit code 0; 2 for bad input; 1 where training failed; 128 + its number where a signal stopped it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed, as for a service: os.open takes the lowest number that is free
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
+    asked = []  # (signal, when): Ctrl-C, SIGTERM and SIGHUP ask the run to stop where it can be resumed
+    def ask(number: int, frame) -> None:
+        asked.append((number, time.monotonic()))
+        if asked[-1][1] - asked[0][1] > 2:  # sooner, it belongs to the first: `timeout` and `uv run` send two
+            raise SystemExit(128 + number)
     try:
         command = parse(arguments)
         if command.evaluate:
-            facts = evaluate(command.evaluate, command.episodes, command.record, command.config)
-            print("result: " + json.dumps(facts))
+            print("result: " + json.dumps(evaluate(command.evaluate, command.episodes, command.record, command.config)))
             return 0
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), ask)
         with process_group():
-            print("config: " + json.dumps(dataclasses.asdict(command.config)))
-            facts = train(command.config, resume=bool(command.resume))
-            print("result: " + json.dumps(facts))
-        return 0
-    except UsageError as error:
+            if facts := train(command.config, bool(command.resume), lambda: asked):
+                print("result: " + json.dumps(facts), flush=True)
+        return 0 if facts else 128 + (asked[0][0] if asked else signal.SIGTERM)  # another rank was asked
+    except (UsageError, ImportError, TrainingFailed, envs.EnvFailure, BrokenPipeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingFailed, envs.EnvFailure) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if isinstance(error, BrokenPipeError):  # nobody reads on; Python would fail on that once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 2 if isinstance(error, (UsageError, ImportError)) else 1
     except KeyboardInterrupt:
-        return 130
-
+        return 128 + signal.SIGINT
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
