@@ -576,14 +576,13 @@ def checkpoint(run: Run, whole: bool = True) -> dict:
         replay |= dict(added=run.replay.added, filled=run.replay.data["filled"][:len(run.replay)].clone())
     return saved | {name: getattr(run, name) for name in PLAIN} | dict(
         target_team=run.target_team.state_dict(), optimizer=run.optimizer.state_dict(), replay=replay,
-        seconds=time.perf_counter() - run.began,
+        seconds=time.perf_counter() - run.began, ranks=RANKS,
         generators={name: generator.get_state() for name, generator in run.generators.items()})
 
 def restore(run: Run, saved: dict) -> None:
     """Make a new run what the saved one was. What the checkpoint, rank 0's, does not hold starts anew: replay and
     random numbers of other ranks, and a generator from another kind of device, where its state has another size."""
-    for name in PLAIN:
-        setattr(run, name, saved[name])
+    vars(run).update({name: saved[name] for name in PLAIN})
     for name in ("team", "target_team", "optimizer"):
         getattr(run, name).load_state_dict(saved[name])
     run.began -= saved["seconds"]
@@ -596,7 +595,7 @@ def restore(run: Run, saved: dict) -> None:
         run.replay.data["filled"][:len(run.replay)] = saved["replay"]["filled"].to(run.device)
         for name, (data, rows) in in_use(run.replay).items():
             data[rows] = saved["replay"][name].to(run.device)
-    if RANKS > 1 or not saved["replay"]:  # an empty replay: updates are due for new episodes alone
+    if RANKS * saved["ranks"] > 1 or not saved["replay"]:  # an empty replay: updates are due for new episodes alone
         run.unlearned = run.counts["episodes"] / RANKS - run.counts["updates"] * run.cfg.episodes_per_update
 
 def read_checkpoint(path: Path, use):
@@ -627,7 +626,7 @@ class Folder:
         if resume:
             read_checkpoint(self.path, lambda saved: restore(run, saved))
         self.checkpoint()  # there is one from the start, so that a run can be resumed whenever it is killed
-        opened.push(lambda kind, error, _: isinstance(error, (envs.EnvFailure, BrokenPipeError)) and self.checkpoint())
+        opened.push(lambda kind, error, _: isinstance(error, (envs.EnvFailure, OSError)) and self.checkpoint())
         if RANK:
             return
         start, total = run.counts["env_steps"], run.cfg.total_steps
@@ -713,8 +712,9 @@ class Policy:
         obs = envs.as_array("Policy.act: obs", obs, (..., len(agents), self.agent.obs_dim))
         avail = envs.as_array("Policy.act: avail", avail, (*obs.shape[:-1], self.agent.n_actions), mask=True)
         teams = obs.reshape(-1, *obs.shape[-2:]), avail.reshape(-1, *avail.shape[-2:])  # (B, N, .)
-        if hidden is not None and hidden[1].shape != teams[0].shape[:2]:
-            raise UsageError(f"Policy.act: hidden is of {len(hidden[1])} teams or other agents, not of {len(teams[0])}")
+        B, N = teams[0].shape[:2]
+        if hidden is not None and [(1, B * N, self.config.hidden_dim), (B, N)] != [tuple(x.shape) for x in hidden]:
+            raise UsageError(f"Policy.act: hidden must be what the last step of these {B} x {N} agents gave, or None")
         actions, hidden = act(self.agent, *map(torch.from_numpy, teams), hidden, agents=agents)
         return actions.view(avail.shape[:-1]), hidden
 
@@ -772,7 +772,7 @@ def settle(given: dict) -> dict:
             fits, expected = value in get_args(hint), f"one of {', '.join(get_args(hint))}"
         else:
             low, high = getattr(hint, "__metadata__", [(None, None)])[0]
-            value = kind(value) if kind is float and type(value) is int else value
+            value = float(value) if kind is float and type(value) is int and abs(value) < 2**99 else value
             fits = type(value) is kind and (low is None or low <= value <= high)  # subtle: True is an int too
             expected = kind.__name__ + (f" between {low} and {high}" if low is not None else "")
         if not fits:
@@ -838,7 +838,7 @@ def main(arguments: list[str]) -> int:
             if facts := train(command.config, bool(command.resume), lambda: asked):
                 print("result: " + json.dumps(facts), flush=True)
         return 0 if facts else 128 + (asked[0][0] if asked else signal.SIGTERM)  # another rank was asked
-    except (UsageError, ImportError, TrainingFailed, envs.EnvFailure, BrokenPipeError) as error:
+    except (UsageError, ImportError, TrainingFailed, envs.EnvFailure, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, BrokenPipeError):  # nobody reads on; Python would fail on that once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
