@@ -30,10 +30,11 @@ KEEP = ("env_steps", "episodes", "updates", "seconds", "train_return", "test_ret
 
 def flags(config: dict) -> str:
     """What a run's config changes of its environment's preset, as flags; what cannot matter is left out."""
-    plain, text = qmix.dataclasses.asdict(qmix.Config(env=config["env"])), []
-    for name in plain.keys() - {"env_args", "algo", "seed", "out", "threads"}:
+    config, plain, text = vars(qmix.Config(**config)), vars(qmix.Config(env=config["env"])), []
+    for name in plain.keys() - {"algo", "seed", "out", "threads", "env_timeout", "checkpoint_seconds", "save_replay"}:
         flag, value = name.replace("_", "-"), config[name]
         if value != plain[name]:
+            value = " ".join(value) if name == "env_args" else value
             text.append(f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}")
     return " ".join(sorted(text))
 
