@@ -730,7 +730,7 @@ def evaluate(path: str, episodes: int = 32, record_to: str = "", cfg: Config | N
     cfg = cfg or policy.config
     choose = lambda step, hidden: policy.act(step.obs, step.avail, hidden)  # noqa: E731
     replays = {"replay_dir": record_to} if record_to and cfg.env.startswith("smac:") else {}
-    env = make_env(cfg, min(episodes, cfg.num_envs), "cpu", cfg.seed, bool(record_to), **replays)
+    env = make_env(cfg, min(episodes, cfg.num_envs), "cpu", cfg.seed, bool(record_to and not replays), **replays)
     with contextlib.closing(env):
         if record_to and not replays:
             envs.record(env, choose, Path(record_to))

@@ -67,24 +67,20 @@ class Config:
     test_episodes: int = 64  # episodes per evaluation
     env_timeout, checkpoint_seconds, epsilon_spread, episodes_per_update = 120.0, 5.0, 0.0, 1.0  # qmix.py's, not ours
 
-
 def policy(logits: Tensor, avail: Tensor, epsilon: float) -> Tensor:
     """pi(u | history), (..., A): softmax, mixed with epsilon / |U| (section 5) and masked (departure 2)."""
     pi = ((1 - epsilon) * logits.softmax(-1) + epsilon / logits.shape[-1]) * avail
     return pi / pi.sum(-1, keepdim=True)
 
-
 def draw(pi: Tensor, generator: torch.Generator) -> Tensor:
     """One action from each distribution: pi (..., A) -> (...) int64."""
     return torch.multinomial(pi.flatten(0, -2), 1, generator=generator).view(pi.shape[:-1])
-
 
 def make_critic(env, units: int) -> nn.Module:
     """From critic_inputs to Q(s, (u^-a, .)), all actions of agent a in one pass (section 4); shared by all agents."""
     N, A = env.n_agents, env.n_actions
     return nn.Sequential(nn.Linear(env.state_dim + N * A + env.obs_dim + N * A + N, units), nn.ReLU(),
                          nn.Linear(units, units), nn.ReLU(), nn.Linear(units, A))
-
 
 def critic_inputs(state: Tensor, obs: Tensor, actions: Tensor, last_actions: Tensor, n_actions: int) -> Tensor:
     """state (B, T, S), obs (B, T, N, O), actions (B, T, N), last_actions (B, T, N), -1: none -> (B, T, N, inputs)."""
@@ -95,10 +91,8 @@ def critic_inputs(state: Tensor, obs: Tensor, actions: Tensor, last_actions: Ten
     team = torch.cat([state, last.flatten(2)], dim=-1).unsqueeze(2).expand(-1, -1, N, -1)  # the same for every agent
     return torch.cat([team, obs, others.flatten(3), ids.expand(B, T, N, N)], dim=-1)
 
-
 def take(values: Tensor, actions: Tensor) -> Tensor:
     return values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (..., A) at the actions (...) -> (...)
-
 
 def critic_targets(q: Tensor, actions: Tensor, batch: dict[str, Tensor], gamma: float, td_lambda: float) -> Tensor:
     """y^(lambda), (B, T, N): the paper's mean of n-step returns as r + gamma * ((1 - lambda) Q_{t+1} + lambda y_{t+1}).
@@ -106,13 +100,11 @@ def critic_targets(q: Tensor, actions: Tensor, batch: dict[str, Tensor], gamma: 
     reward, terminated, filled = (batch[k].to(q.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
     return qmix.td_targets(reward, terminated, filled, take(q, actions)[:, 1:], gamma, td_lambda)
 
-
 def actor_loss(pi: Tensor, q: Tensor, actions: Tensor, filled: Tensor) -> Tensor:
     """-mean(A * log pi) over steps that happened and agents. pi, q (B, T, N, A), actions (B, T, N), filled (B, T)."""
     pi, q, actions = pi[filled], q[filled], actions[filled]  # (steps, N, .)
     advantage = take(q, actions) - (pi * q).sum(-1)  # Eq. 4: the baseline is what the agent does on average
     return -(advantage.detach() * take(pi, actions).log()).mean()  # Eq. 5 is its gradient, times -1
-
 
 class COMA(qmix.Run):
     """Run's environment, generators, counters, greedy policy and exact resume; the team is an actor and a critic."""
@@ -170,7 +162,6 @@ class COMA(qmix.Run):
         self.optimizer.step()
         return norm
 
-
 def train(cfg: Config, resume: bool = False) -> dict:
     """COMA: train in the run directory cfg.out and return the facts of the result line. resume: go on with the run
     there, exactly where it stopped; its flags have to be given again."""
@@ -188,7 +179,6 @@ def train(cfg: Config, resume: bool = False) -> dict:
                 return folder.result()
             run.play()
             run.learn()
-
 
 if __name__ == "__main__":
     try:
