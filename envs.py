@@ -19,7 +19,6 @@ import contextlib
 import importlib
 import inspect
 import json
-import math
 import os
 import pickle
 import random
@@ -36,7 +35,6 @@ import typing
 import weakref
 from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,14 +44,11 @@ from torch import Tensor
 class UsageError(ValueError):
     """What was asked for cannot be done. The message is one line: what was expected, what came."""
 
-
 class EnvFailure(RuntimeError):
     """An environment keeps failing, so that the run cannot go on."""
 
-
-class Step(NamedTuple):
+class Step(typing.NamedTuple):
     """What reset() and step() return, for all B episodes."""
-
     obs: Tensor  # (B, N, O) float32
     state: Tensor  # (B, S) float32
     avail: Tensor  # (B, N, A) bool
@@ -62,15 +57,14 @@ class Step(NamedTuple):
     truncated: Tensor  # (B,) bool: a time limit cut it off, bootstrap
     info: dict[str, Tensor]  # (B,) each: battle_won where there is a battle; void: throw this episode away
 
+class Batched:
+    def close(self):
+        """There is nothing to end."""
 
 # --------------------------------------------------------------------------------------------------- two-step, Checkers
-
-
-class TwoStep:
+class TwoStep(Batched):
     """The paper's two-step game (section 5): in state 1 agent 1's action alone picks 2A or 2B, which then pays.
-
-    Both agents see the whole state, one-hot in the order 1, 2A, 2B: obs (B, 2, 3), state (B, 3).
-    """
+    Both agents see the whole state, one-hot in the order 1, 2A, 2B: obs (B, 2, 3), state (B, 3)."""
     n_agents, n_actions, obs_dim, state_dim, episode_limit, best_return = 2, 2, 3, 3, 2, 8.0
 
     def __init__(self, n_envs=32, device="cpu"):
@@ -95,23 +89,16 @@ class TwoStep:
         terminated = (self.steps >= 2).repeat(self.n_envs)
         return Step(state[:, None].repeat(1, 2, 1), state, avail, reward, terminated, torch.zeros_like(terminated), {})
 
-    def close(self):
-        pass
-
-
-class Checkers:
+class Checkers(Batched):
     """ma-gym's Checkers-v0 .. v3 (VDN paper, section 4.2), equal to the original step for step.
-
     A 3x8 board of cells (row, column): nine apples and nine lemons alternate on columns 0-5, the agents start at (0, 6)
     and (2, 6). Actions: 0 down, 1 left, 2 up, 3 right, 4 stay; agent 0 moves first, and the edge or the other agent
     blocks. Entering a cell eats what lies there: an apple brings the team +10 if agent 0 eats it, +1 if agent 1 does,
     a lemon -10 and -1; every step costs 0.02. `terminated`: the last apple is eaten; `truncated`: step 100.
-
     An agent observes its coordinates and, of the 3x3 cells around it, (lemon, apple, agent 0, agent 1, wall) each;
     no wall exists. Variants 1 and 3: both agents get both observations; 2 and 3: each observation ends with the clock.
     obs (B, 2, O), O = 47, 94, 48, 96 for variant 0 .. 3. state (B, 67), the whole truth in any variant: nine apples and
-    nine lemons (1 = still there), the clock (fraction of the limit), the cells of agent 0 and of agent 1, one-hot.
-    """
+    nine lemons (1 = still there), the clock (fraction of the limit), the cells of agent 0 and of agent 1, one-hot."""
     n_agents, n_actions, state_dim, episode_limit, best_return = 2, 5, 67, 100, 86.26
 
     def __init__(self, variant=0, n_envs=32, device="cpu"):
@@ -167,21 +154,14 @@ class Checkers:
 
     def draw(self, axes, b=0):
         """Draws environment b as it is now: apples red, lemons yellow, agent 0 a circle, agent 1 a square."""
-        for k, (spot, left) in enumerate(zip(self.food.tolist(), self.board[b, self.food].tolist())):
-            if left:
-                axes.plot(spot // 5 % 10 - 1, spot // 50 - 1, **(dict(marker="o", color="tab:red", ms=16) if k < 9 else
-                                                                 dict(marker="D", color="gold", ms=12)))
+        looks = dict(marker="D", color="gold", ms=12), dict(marker="o", color="tab:red", ms=16)  # a lemon, an apple
+        for spot in self.food[self.board[b, self.food] > 0].tolist():
+            axes.plot(spot // 5 % 10 - 1, spot // 50 - 1, **looks[spot % 5])
         for agent, cell in enumerate(self.cell[b].tolist()):
             axes.plot(cell % 8, cell // 8, marker="os"[agent], color=("tab:blue", "tab:purple")[agent], ms=24)
         axes.set(xlim=(-0.5, 7.5), ylim=(2.5, -0.5), aspect="equal", xticks=[], yticks=[])  # row 0 is at the top
 
-    def close(self):
-        pass
-
-
 # ------------------------------------------------------------------------------------------------------------ skirmish
-
-
 # The game's public unit data, in map cells and seconds ("faster" speed). armour: off every hit, but not off what the
 # shield takes; damage: of one of the `hits` in a shot, with a bonus against armoured or else light units; beam: hits
 # every enemy on a rectangle around the target, across the line of fire; cooldown: from shot to shot; range: of the
@@ -207,17 +187,13 @@ REGENERATION, REGENERATION_DELAY = 0.125, 160  # shield points per game loop, af
 NOTICE, LEASH = 4.75, 5.0
 SPACING, SCATTER = 1.25, 1.0  # a team starts as a square block, long ranges behind; each unit up to SCATTER / 2 off
 
-
-class Skirmish:
+class Skirmish(Batched):
     """Two teams fight: ours is learned, theirs attack-moves to where ours started. smac's interface (observation,
     state, actions, mask, reward: the defaults of oxwhirl/smac, element for element) over a re-creation of the game.
     Its balance is its own: no win rate from here is one of SMAC's. A time-out is `truncated`; smac calls it an end.
-
     Left out: acceleration, turning, the delay between aiming and damage, path finding (units slide around each
     other), and whatever else the computer player does.
-
-    Every fact is one (B, U) tensor of the U = N + M units, allies first. `step` never waits for the device.
-    """
+    Every fact is one (B, U) tensor of the U = N + M units, allies first. `step` never waits for the device."""
     # Where a battle takes place, in map cells: that of the released SMAC maps
     center, extent = (16.0, 16.0), (32.0, 32.0)  # of the playable area; they scale the positions in the state
     walk_x, walk_y = (2.0, 30.0), (7.0, 25.0)  # walkable: low <= x < high
@@ -240,16 +216,13 @@ class Skirmish:
         self.speed, self.reload = kinds.speed / LOOPS_PER_SECOND, kinds.cooldown * LOOPS_PER_SECOND  # in game loops
         self.cooldown_norm, self.beam = kinds.norm, kinds.beam > 0
         self.any_beam, self.any_shield = "colossus" in allies, "marine" not in allies
-        self.contact = kinds.push_radius[:, None] + kinds.push_radius  # (U, U) the distance at which two touch
-        self.contact.fill_diagonal_(0)
+        self.contact = (kinds.push_radius[:, None] + kinds.push_radius).fill_diagonal_(0)  # (U, U) where two touch
         self.index = torch.arange(N + M, device=self.device)
         foes = (self.index[:, None] < N) != (self.index < N)
         bonus = torch.where(kinds.armoured > 0, kinds.bonus_armoured[:, None], kinds.bonus_light[:, None])
         self.damage = kinds.damage[:, None] + bonus  # (U attacker, U victim) of one hit
         self.shot = self.damage * kinds.hits[:, None] * foes  # of a whole shot
-
-        types = list(dict.fromkeys(allies))
-        types = types if len(types) > 1 else []  # smac tells apart what there is to tell apart
+        types = list(dict.fromkeys(allies)) if len(set(allies)) > 1 else []  # smac tells apart only where there are two
         self.type_bits = torch.tensor([[float(name == type) for type in types] for name in self.names]).to(self.device)
         if len(types) == 2:  # subtle: smac has the enemies' bits the other way round on these maps
             self.type_bits[N:] = self.type_bits[N:].flip(1)
@@ -260,13 +233,11 @@ class Skirmish:
         if not self.any_shield:
             self.best_return = 20.0  # any win; shields that grow back make more to shoot down
         self.others = torch.tensor([[j for j in range(N) if j != i] for i in range(N)], device=self.device)
-
         places = []  # before the scatter: columns of `rows` units, the first kinds hindmost
-        for n, start, forward in ((N, self.ally_start, SPACING), (M, self.enemy_start, -SPACING)):
+        for n, (x, y), forward in ((N, self.ally_start, SPACING), (M, self.enemy_start, -SPACING)):
             rows = round(n ** 0.5)
-            columns = -(-n // rows)
-            places += [(start[0] + (i // rows - (columns - 1) / 2) * forward,
-                        start[1] + (i % rows - (rows - 1) / 2) * SPACING) for i in range(n)]
+            places += [(x + (i // rows - (n - 1) // rows / 2) * forward, y + (i % rows - (rows - 1) / 2) * SPACING)
+                       for i in range(n)]
         self.start_x, self.start_y = torch.tensor(places, device=self.device).T
 
     def noise(self) -> Tensor:
@@ -288,9 +259,6 @@ class Skirmish:
         self.steps = torch.zeros((), dtype=torch.long, device=self.device)
         return self.look(torch.zeros_like(x[:, 0]))
 
-    def close(self):
-        pass
-
     def step(self, actions: Tensor) -> Step:
         """actions (B, N) int64: 0 no-op (the dead), 1 stop, 2-5 move to y+2, y-2, x+2, x-2, 6 + j attack enemy j."""
         points, alive = self.health + self.shield, self.health > 0
@@ -306,15 +274,13 @@ class Skirmish:
     def order(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sets every unit's target; returns its goal x, y and whether it walks there without a target, (B, U) each."""
         N, goal_x, goal_y = self.n_agents, self.x.clone(), self.y.clone()
-        # Enemies attack-move
         gap = self.offsets()[2][:, :, N:] - self.radius[:N, None] - self.radius[N:]  # (B, N, M)
         closest, candidate = gap.masked_fill_(self.health[:, :N, None] <= 0, torch.inf).min(1)
         notice = torch.where(self.calm[:, N:] < LOOPS_PER_STEP, SIGHT, NOTICE)
         held = self.target[:, N:]
         keep = (held >= 0) & (gap.gather(1, held.clamp(min=0)[:, None])[:, 0] <= LEASH)
         theirs = torch.where(keep, held, torch.where(closest <= notice, candidate, -1))
-        goal_x[:, N:], goal_y[:, N:] = self.ally_start
-        # Allies do what they are told
+        goal_x[:, N:], goal_y[:, N:] = self.ally_start  # enemies attack-move; allies do what they are told:
         self.target = torch.cat([torch.where(actions >= ATTACK, actions - ATTACK + N, -1), theirs], 1)
         goal_x[:, :N] += MOVE * ((actions == EAST).float() - (actions == WEST).float())
         goal_y[:, :N] += MOVE * ((actions == NORTH).float() - (actions == SOUTH).float())
@@ -329,7 +295,6 @@ class Skirmish:
         to_y = torch.where(attacks, y.gather(1, aim), goal_y) - y
         distance = (to_x.square() + to_y.square()).sqrt().clamp_(min=1e-6)
         missing = distance - torch.where(attacks, self.reach + self.radius[aim], 0)
-
         # Who has its target in reach shoots as soon as its weapon is ready, all at once
         fires = attacks & (missing <= 1e-3) & (self.cooldown <= 0)  # 1e-3: float32 may walk a hair too short
         hit = fires[:, :, None] & (aim[:, :, None] == self.index)  # (B, U attacker, U victim)
@@ -338,11 +303,9 @@ class Skirmish:
         self.wound(hit * self.shot)
         self.cooldown = (torch.where(fires, reload, self.cooldown) - 1).clamp(min=0)
         self.shots = torch.where(fires, aim, self.shots)
-
         # Who has not, walks until it has; the others walk to their goal, or stand
         walk = torch.minimum(missing.clamp_(min=0), self.speed) / distance * (alive & (attacks | walks))
         x, y = torch.addcmul(x, to_x, walk), torch.addcmul(y, to_y, walk)
-
         # Two living units that overlap are pushed apart, each by half
         tie = x + 1e-4 * self.index  # two on one spot part too
         gap_x, gap_y = tie[:, :, None] - tie[:, None], y[:, :, None] - y[:, None]  # (B, U, U)
@@ -354,8 +317,7 @@ class Skirmish:
     def swept(self, to_x: Tensor, to_y: Tensor, distance: Tensor) -> Tensor:
         """(B, U attacker, U victim): would a beam across the line to the attacker's target touch the victim's body?"""
         along_x, along_y = (to_x / distance)[:, :, None], (to_y / distance)[:, :, None]
-        off_x = self.x[:, None] - (self.x + to_x)[:, :, None]  # from the target
-        off_y = self.y[:, None] - (self.y + to_y)[:, :, None]
+        off_x, off_y = (at[:, None] - (at + to)[:, :, None] for at, to in ((self.x, to_x), (self.y, to_y)))
         return (((off_x * along_x + off_y * along_y).abs() <= BEAM_DEPTH / 2 + self.radius)
                 & ((off_x * along_y - off_y * along_x).abs() <= BEAM_WIDTH / 2 + self.radius))
 
@@ -376,8 +338,7 @@ class Skirmish:
         """What the battle is now, and `reward` (B,) for what led there."""
         ours, theirs = (self.health > 0).split([self.n_agents, self.n_enemies], 1)
         terminated = ~(ours.any(1) & theirs.any(1))
-        info = {"battle_won": ours.any(1) & ~theirs.any(1), "dead_allies": (~ours).sum(1),
-                "dead_enemies": (~theirs).sum(1)}
+        info = dict(zip(FACTS, (ours.any(1) & ~theirs.any(1), (~ours).sum(1), (~theirs).sum(1))))
         avail = self.available()
         return Step(self.observation(avail), self.state(), avail, reward, terminated,
                     ~terminated & (self.steps >= self.episode_limit), info)
@@ -389,20 +350,16 @@ class Skirmish:
 
     def available(self) -> Tensor:
         """(B, N, A) bool. A move goes two cells, but only the first one is looked at."""
-        N, (left, right), (bottom, top) = self.n_agents, self.walk_x, self.walk_y
-        x, y, alive = self.x[:, :N], self.y[:, :N], self.health > 0
-        ahead = MOVE / 2
+        N, ahead, (left, right), (bottom, top) = self.n_agents, MOVE / 2, self.walk_x, self.walk_y
+        x, y, ours, theirs = self.x[:, :N], self.y[:, :N], self.health[:, :N] > 0, self.health[:, N:] > 0
         moves = [y + ahead < top, y - ahead >= bottom, x + ahead < right, x - ahead >= left]
-        shoot, alive = (self.offsets()[2][:, :, N:] <= SHOOT) & alive[:, None, N:], alive[:, :N]
-        return torch.cat([torch.stack([~alive, alive, *(move & alive for move in moves)], 2),
-                          shoot & alive[:, :, None]], 2)
+        shoot = (self.offsets()[2][:, :, N:] <= SHOOT) & theirs[:, None] & ours[:, :, None]
+        return torch.cat([torch.stack([~ours, ours, *(move & ours for move in moves)], 2), shoot], 2)
 
     def bodies(self) -> Tensor:
         """(B, U, 1 + s + u): health, [shield], [type bits] of every unit, in parts of the whole."""
-        columns = [(self.health / self.health_max)[..., None], self.type_bits.expand(self.n_envs, -1, -1)]
-        if self.any_shield:
-            columns.insert(1, (self.shield / self.shield_max)[..., None])
-        return torch.cat(columns, 2)
+        health, shield = (self.health / self.health_max)[..., None], (self.shield / self.shield_max)[..., None]
+        return torch.cat([health] + [shield] * self.any_shield + [self.type_bits.expand(self.n_envs, -1, -1)], 2)
 
     def observation(self, avail: Tensor) -> Tensor:
         """(B, N, O): open directions, every enemy, every other ally, itself; zeros for the dead and the unseen."""
@@ -418,8 +375,7 @@ class Skirmish:
                          2) * alive[:, :N, None]
 
     def state(self) -> Tensor:
-        """(B, S): every ally, every enemy, the allies' last actions one-hot; zeros for the dead, and before the first
-        step."""
+        """(B, S): allies, enemies, the allies' last actions one-hot; zeros for the dead, and before the first step."""
         N, alive, bodies = self.n_agents, (self.health > 0)[..., None], self.bodies()
         (center_x, center_y), (extent_x, extent_y) = self.center, self.extent
         columns = [self.cooldown / self.cooldown_norm, (self.x - center_x) / extent_x, (self.y - center_y) / extent_y]
@@ -462,50 +418,37 @@ class Skirmish:
                 axes.add_patch(Circle((x[i], y[i]), KINDS[name].radius, color=color, alpha=0.2 + 0.8 * left[i]))
                 axes.text(x[i], y[i], name[0].upper(), color="white", size=6, ha="center", va="center")
 
-
 # ---------------------------------------------------------------------------------------------------- worker processes
-#
-# A single environment has PyMARL's interface: get_env_info() -> dict(n_agents, n_actions, obs_shape, state_shape,
-# episode_limit), reset(), step(list of N ints) -> (team reward, terminated, info), get_obs() (N, O), get_state() (S),
-# get_avail_actions() (N, A), close(); render() -> (H, W, 3) if it can be drawn. info["episode_limit"] = True tells of a
-# time limit; an end without it is an end.
-
+# A single environment has PyMARL's interface: get_env_info() -> dict of SIZES, reset(), step(list of N ints) -> (team
+# reward, terminated, info), get_obs() (N, O), get_state() (S,), get_avail_actions() (N, A), close(), and render() ->
+# (H, W, 3) if it can be drawn. info["episode_limit"] = True tells of a time limit; an end without it is an end.
 PROTOCOL = ("get_env_info", "reset", "step", "get_obs", "get_state", "get_avail_actions", "close")
 SIZES = ("n_agents", "n_actions", "obs_shape", "state_shape", "episode_limit")
 FACTS = ("battle_won", "dead_allies", "dead_enemies")  # what info may say of an episode, and the metrics show
 GRACE = 10.0  # seconds for a worker to close its environment before it is killed with all it started
-# What a worker runs. subtle: plain child processes rather than `multiprocessing`. fork copies torch's threads' locks in
-# whatever state they are; spawn and forkserver import the user's script again, which trains again where `if __name__`
-# is missing. Messages are pickles of (word, bytes) through stdin and stdout, which are theirs alone: a game that prints
-# does so to stderr. This file is loaded by its path, under a name that a reader's own module does not have.
+# What a worker runs. subtle: plain child processes, since `multiprocessing` either copies torch's locks in whatever
+# state they are (fork) or imports the user's script again, which trains again where `if __name__` is missing. Messages
+# are pickles of (word, bytes) through stdin and stdout; a game that prints does so to stderr. This file is loaded by
+# its path, under a name that no reader's module has, and the current directory waits: it may hold a pickle.py.
 LAUNCH = """
 import os, sys
-sys.path[:] = [path for path in sys.path if path]  # the current directory waits: what if it holds a pickle.py?
-import importlib.util, pickle
+sys.path[:] = [path for path in sys.path if path]
+import pickle, runpy
 asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.dup2(2, 1)
 sys.path[:], file, job = pickle.load(asked)
-spec = importlib.util.spec_from_file_location("qmix_envs", file)
-module = sys.modules["qmix_envs"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-module.work(asked, answers, *job)
-"""
-
+runpy.run_path(file, run_name="qmix_envs")["work"](asked, answers, *job)"""
 
 class GameFailure(Exception):
     """Raised by a single environment: the game misbehaved, so the episode is void, but a new game may well work."""
 
-
 class Workers:
     """B single environments, one process each, behind the batched interface; Linux and macOS.
-
     name, arguments, seed, render: as `single` takes them; each worker, and each that replaces one, gets its own seed.
     timeout: seconds that one start, reset or step may take before the game counts as hung and is killed.
     max_failures: void episodes in a row of one environment after which EnvFailure is raised.
-    voided: void episodes so far. info: "void", and those of FACTS that the environment tells of.
-    """
-
+    voided: void episodes so far. info: "void", and those of FACTS that the environment tells of."""
     def __init__(self, name, n_envs=32, device="cpu", seed=0, arguments=None, timeout=120.0, render=False,
                  max_failures=10):
         if sys.platform == "win32":
@@ -513,17 +456,13 @@ class Workers:
         if os.environ.get("QMIX_WORKER") == str(os.getpid()):
             raise UsageError(f"{name}: its module makes environments when it is imported: put that under "
                              "`if __name__ == '__main__':`")
-        while (free := os.open(os.devnull, os.O_RDWR)) < 3:
-            pass  # a standard stream that is closed: else a pipe would get its number
-        os.close(free)
         self.name, self.n_envs, self.device, self.arguments = name, n_envs, torch.device(device), arguments or {}
         self.timeout, self.render, self.max_failures, self.voided = timeout, render, max_failures, 0
         self.unused_seeds = random.Random(seed).sample(range(2**31 - 1), 10_000)  # never the same again
         self.seeds, self.failures = [0] * n_envs, [0] * n_envs
-        self.running, self.void = np.zeros(n_envs, bool), np.zeros(n_envs, bool)
-        self.info, self.told = None, np.zeros(len(FACTS), bool)
-        self.fresh = False  # all were reset, and nothing was played since
-        self.workers = [None] * n_envs
+        self.running, self.void, self.told = np.zeros(n_envs, bool), np.zeros(n_envs, bool), np.zeros(len(FACTS), bool)
+        self.info, self.fresh = None, False  # fresh: all were reset, and nothing was played since
+        self.workers = {}  # {b: process}
         self.close = weakref.finalize(self, end_workers, self.workers)  # may be called twice; also runs at exit
         self.reset()  # what cannot work is told now; the first reset() of the user gets this same start
         self.n_agents, self.n_actions, self.obs_dim, self.state_dim, self.episode_limit = (self.info[k] for k in SIZES)
@@ -531,24 +470,22 @@ class Workers:
             print(f"{name}: {self.info['note']}", file=sys.stderr)
         if name.startswith("smac:") and str(self.arguments.get("heuristic_ai")).lower() == "true":
             # smac finds its heuristic's actions itself, within step, whatever it is sent
-            nothing = torch.zeros(n_envs, self.n_agents, dtype=torch.int64, device=self.device)
-            self.heuristic = lambda: nothing
+            self.heuristic = torch.zeros(n_envs, self.n_agents, dtype=torch.int64, device=self.device).clone
 
     def reset(self):
         """Start all episodes -> Step. What does not start is replaced and tried again."""
         # smac must not be reset twice before its first episode has ended, so an unused start is used
         waiting = [] if self.fresh else range(self.n_envs)
         while waiting:
-            for b in waiting:
-                if self.workers[b] is None:
-                    self._start(b)
+            for b in sorted(set(waiting) - set(self.workers)):
+                self._start(b)
             for b, (info, row) in self._ask("reset", dict.fromkeys(waiting)).items():
                 if self.info is None:
                     self.info, self.rows = info, np.zeros(self.n_envs, row_type(info))
                 if info != self.info:
                     raise UsageError(f"{self.name}: all must have the same sizes, got {self.info} and {info}")
                 self.rows[b] = np.frombuffer(row, self.rows.dtype)[0]
-            waiting = [b for b in waiting if self.workers[b] is None]
+            waiting = [b for b in waiting if b not in self.workers]
         self.fresh = True
         self.running[:], self.void[:] = True, False
         return self._now()
@@ -583,13 +520,12 @@ class Workers:
     def _start(self, b):
         self.seeds[b] = self.unused_seeds.pop()
         # A session of its own: Ctrl-C reaches the trainer alone, and the worker can be ended with all it started.
-        self.workers[b] = subprocess.Popen([sys.executable, "-uc", LAUNCH], start_new_session=True,
-                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           env=dict(os.environ, OMP_NUM_THREADS="1"))
+        self.workers[b] = subprocess.Popen([sys.executable, "-uc", LAUNCH], env=dict(os.environ, OMP_NUM_THREADS="1"),
+                                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         self._send(b, (sys.path, os.path.abspath(__file__), (self.name, self.seeds[b], self.arguments, self.render)))
 
     def _send(self, b, message):
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `_ask` finds
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `_ask` finds
             pickle.dump(message, self.workers[b].stdin)
             self.workers[b].stdin.flush()
 
@@ -601,8 +537,8 @@ class Workers:
         deadline, answers = time.monotonic() + self.timeout, {}
         for b in bodies:
             which, pipe = f"{self.name}: environment {b} (seed {self.seeds[b]})", self.workers[b].stdout
+            kind, answer = "void", f"no answer to {command} within {self.timeout:g} seconds (--env-timeout)"
             try:
-                kind, answer = "void", f"no answer to {command} within {self.timeout:g} seconds (--env-timeout)"
                 if select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
                     kind, answer = pickle.load(pipe)
             except (EOFError, OSError, pickle.UnpicklingError):
@@ -619,30 +555,21 @@ class Workers:
             if self.failures[b] >= (self.max_failures if self.info else 2):  # what never started is told soon
                 raise EnvFailure(f"{which} failed {self.failures[b]} time(s) in a row, the last time: {answer}")
             print(f"{which}: episode void, starting it again: {answer}", file=sys.stderr)
-        lost = [b for b in bodies if b not in answers]
-        end_workers([self.workers[b] for b in lost])
-        for b in lost:
-            self.workers[b] = None
+        end_workers(self.workers, bodies.keys() - answers.keys())
         return answers
 
-
-def end_workers(workers):
-    """Let each worker close its environment; then end what is left of it and of what it started."""
-    alive = [process for process in workers if process is not None]
-    for process in alive:
+def end_workers(workers, which=None):
+    """Let each worker (all, or which) close its environment; then end what is left of it and of what it started."""
+    ending = [workers.pop(b) for b in list(workers if which is None else which)]
+    for process in ending:
         process.terminate()
     deadline = time.monotonic() + GRACE
-    for process in alive:
+    for process in ending:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(OSError):  # nobody is left
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        with contextlib.suppress(BrokenPipeError):  # something unsent
-            process.stdin.close()
-    workers[:] = [None] * len(workers)
-
+        process.communicate()  # which closes its pipes
 
 def row_type(info):
     """What a worker answers to reset and step: one NumPy record, sent as its bytes."""
@@ -650,12 +577,10 @@ def row_type(info):
     return np.dtype([("obs", "f4", (N, O)), ("state", "f4", (S,)), ("avail", "?", (N, A)), ("reward", "f4"),
                      ("terminated", "?"), ("truncated", "?"), ("facts", "f4", (len(FACTS),))])
 
-
 def work(inbox, outbox, name, seed, arguments, render):
     """The life of a worker: answers "reset", "step" and "render" until the trainer ends it or is gone. An answer is
     (what became of it: ok, void (the game failed), usage or error (both end the run); the bytes asked for, or why)."""
     os.environ["QMIX_WORKER"] = str(os.getpid())
-
     def leave_when_alone():
         poll = select.poll()
         poll.register(inbox, 0)
@@ -664,7 +589,6 @@ def work(inbox, outbox, name, seed, arguments, render):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # interrupts what the environment waits for
         time.sleep(GRACE)
         os.killpg(os.getpid(), signal.SIGKILL)
-
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     threading.Thread(target=leave_when_alone, daemon=True).start()
     torch.set_num_threads(1)
@@ -672,27 +596,22 @@ def work(inbox, outbox, name, seed, arguments, render):
         seed_it(seed)
     env = None
     try:
-        while True:
-            command, body = pickle.load(inbox)
-            try:
-                env = env or Checked(name, single(name, seed, arguments, render))
-                if command == "reset":
-                    answer = "ok", (env.info, env.reset().tobytes())
-                elif command == "step":
-                    answer = "ok", env.step(np.frombuffer(body, np.int64).tolist()).tobytes()
-                else:
-                    picture = env.picture()
-                    answer = "ok", (picture.shape, picture.tobytes())
-            except Exception as error:  # by name: a reader's module may have loaded this file once more
-                kind = {"UsageError": "usage", "GameFailure": "void"}.get(type(error).__name__, "error")
-                at = traceback.extract_tb(error.__traceback__)[-1]
-                answer = kind, one_line(error) if kind != "error" else (
-                    f"{command if env else 'start'}: {type(error).__name__}: {one_line(error)} "
-                    f"({os.path.basename(at.filename)}, line {at.lineno})")
-            pickle.dump(answer, outbox)
-            outbox.flush()
-    except (EOFError, OSError):
-        pass  # the trainer is gone
+        with contextlib.suppress(EOFError, OSError):  # the trainer is gone
+            while True:
+                command, body = pickle.load(inbox)
+                try:
+                    env = env or Checked(name, single(name, seed, arguments, render))
+                    if command == "step":
+                        answer = "ok", env.step(np.frombuffer(body, np.int64).tolist()).tobytes()
+                    else:
+                        answer = "ok", (env.info, env.reset().tobytes()) if command == "reset" else env.picture()
+                except Exception as error:  # by name: a reader's module may have loaded this file once more
+                    kind = {"UsageError": "usage", "GameFailure": "void"}.get(type(error).__name__, "error")
+                    file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+                    why = f"{type(error).__name__}: {one_line(error)} ({Path(file).name}, line {line})"
+                    answer = kind, f"{command if env else 'start'}: {why}" if kind == "error" else one_line(error)
+                pickle.dump(answer, outbox)
+                outbox.flush()
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing interrupts the closing any more
         try:
@@ -703,28 +622,28 @@ def work(inbox, outbox, name, seed, arguments, render):
         finally:
             os.killpg(os.getpid(), signal.SIGKILL)  # all that the environment started and left, and this process too
 
-
 # What comes from outside is checked here, at the door, so that nothing wrong is learned further in.
-
 def one_line(error):
     return " ".join(str(error).split())
 
+def first_line(error):
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 def as_array(what, given, shape, means="", mask=False):
     """`given` (an array, nested lists, a tensor) as a new float32 array; mask=True: what is available, as bool.
-
     shape: its axes; `...` in front stands for any number of further ones; (): one number, or with mask one flag.
-    means: the axes in words. Raises UsageError, in one line: `what`, what was expected, what came.
-    """
-    sizes, why = tuple(size for size in shape if size is not ...), ""
+    means: the axes in words. Raises UsageError, in one line: `what`, what was expected, what came."""
+    sizes = tuple(size for size in shape if size is not ...)
+    expected = "True or False (1 or 0)" if mask else f"{'finite numbers' if sizes else 'one finite number'} (float32)"
+    if sizes:
+        expected += f" of shape {str(shape).replace('Ellipsis', '...')}" + f" = ({means})" * bool(means)
     try:
         array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
     except (TypeError, ValueError) as error:
-        array, why = None, one_line(error)
+        got = f"{one_line(error)}: pad unlike rows to the longest, and give who is gone a row of zeros"
+        raise UsageError(f"{what} must be {expected}; got {got}") from None
     with np.errstate(all="ignore"):  # what float32 cannot hold becomes inf
-        if array is None:
-            got = f"{why}: pad unlike rows to the longest, and give who is gone a row of zeros"
-        elif array.dtype.kind not in "biuf":
+        if array.dtype.kind not in "biuf":
             got = f"{one_line(given)[:80]}, a {type(given).__name__}" + ": flatten it into numbers" * bool(sizes)
         elif array.shape != (array.shape[:array.ndim - len(sizes)] if shape[:1] == (...,) else ()) + sizes:
             got = f"shape {array.shape}" + ": flatten what each agent sees into one row" * (array.ndim > len(sizes) > 0)
@@ -734,25 +653,20 @@ def as_array(what, given, shape, means="", mask=False):
             got = f"none for agent {np.argwhere(~array.any(-1))[0, -1]}: each needs one; leave the dead a no-op"
         else:
             return np.array(array, bool if mask else np.float32, order="C")
-    expected = "True or False (1 or 0)" if mask else f"{'finite numbers' if sizes else 'one finite number'} (float32)"
-    if sizes:
-        expected += f" of shape {str(shape).replace('Ellipsis', '...')}" + f" = ({means})" * bool(means)
     raise UsageError(f"{what} must be {expected}; got {got}")
-
 
 class Checked:
     """A single environment whose every answer is checked. info: SIZES, and a note for the user. reset() and
     step(actions) return `row`, of row_type(info)."""
-
     def __init__(self, name, env):
         self.name, self.env = name, env
-        for method in PROTOCOL:
-            if not callable(getattr(env, method, None)):
-                raise UsageError(f"{name}: expected a PettingZoo parallel environment or the methods "
-                                 f"{', '.join(PROTOCOL)}; {type(env).__name__} has no {method}()")
+        missing = [method for method in PROTOCOL if not callable(getattr(env, method, None))]
+        if missing:
+            raise UsageError(f"{name}: expected a PettingZoo parallel environment or the methods "
+                             f"{', '.join(PROTOCOL)}; {type(env).__name__} has no {', '.join(missing)}")
         info = env.get_env_info()
         for key in SIZES:
-            size = info.get(key) if isinstance(info, dict) else info
+            size = info.get(key) if isinstance(info, dict) else None
             if not isinstance(size, (int, np.integer)) or size is True or size < 1:
                 raise UsageError(f"{name}: get_env_info() must give a dict with {', '.join(SIZES)}, whole numbers "
                                  f"above 0; got {key}: {size!r}")
@@ -795,21 +709,16 @@ class Checked:
         if picture.dtype.kind not in "iu" or picture.shape[2:] != (3,):
             raise UsageError(f"{self.name}: to be drawn it needs a render() that gives an array (H, W, 3) of whole "
                              f"numbers, 0 to 255; got {one_line(picture)[:80]} of shape {picture.shape}")
-        return picture.astype(np.uint8)
-
+        return picture.shape, picture.astype(np.uint8).tobytes()
 
 # ------------------------------------------------------------------------------------------------- single environments
-
 LIMITS = ("episode_limit", "max_cycles", "max_steps", "max_episode_steps", "_max_episode_steps")
 PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
 
-
 def single(name, seed, arguments, render=False):
     """One environment with PyMARL's interface, made in the worker.
-
     name: "smac:MAP", "ma_gym:ID" or "module:Class", the reader's own or a PettingZoo parallel environment, made by a
-    class or function; arguments: its keyword arguments, {name: value or its text}; render: it will be drawn.
-    """
+    class or function; arguments: its keyword arguments, {name: value or its text}; render: it will be drawn."""
     kind, _, which = name.partition(":")
     if "seed" in arguments:
         raise UsageError(f"{name}: seed is not an argument of the environment here: each gets its own, from --seed")
@@ -835,7 +744,9 @@ def single(name, seed, arguments, render=False):
     parameters = inspect.signature(made).parameters
     limit = {key: arguments[key] for key in {"episode_limit"} & set(arguments) - set(parameters)}
     arguments = read_arguments(name, made, {key: value for key, value in arguments.items() if key not in limit})
-    more = {"seed": seed} | ({"render_mode": "rgb_array"} if render else {})
+    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    offered = {"seed": seed, "render_mode": "rgb_array"} if render else {"seed": seed}
+    more = {key: value for key, value in offered.items() if key in parameters or anything}
     while True:  # with those of `more` that it takes, which with **kwargs only a try tells
         try:
             env = made(**(more | arguments))
@@ -850,31 +761,33 @@ def single(name, seed, arguments, render=False):
         raise UsageError(f"{name}: it has no argument episode_limit: its get_env_info() tells it")
     return env
 
+def pairs(given):
+    """--env-args as [(key, text)]: `given` is a dict or an iterable of "key=value"; no key twice."""
+    if isinstance(given, dict):
+        given = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+    found = [text.partition("=") for text in given if isinstance(text, str)] if not isinstance(given, str) else []
+    if len({key for key, equals, _ in found if key and equals}) < len(given):
+        raise UsageError(f"--env-args takes key=value, each key once; got {given!r}")
+    return [(key, value) for key, _, value in found]
 
 def read_arguments(name, made, arguments):
     """Arguments {name: value or its text} as `made` takes them: by the parameter's annotation, else by its default."""
-    parameters = inspect.signature(made).parameters
-    anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    named = {key: p for key, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    parameters = inspect.signature(made).parameters.values()
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    anything = any(p.kind == p.VAR_KEYWORD for p in parameters)
     read = {}
     for key, given in arguments.items():
-        kinds = set()  # anything
-        if key in named:
-            note, default = named[key].annotation, named[key].default
-            if isinstance(note, str):  # from __future__ import annotations
-                with contextlib.suppress(Exception):
-                    note = eval(note, {"typing": typing, **vars(typing)})
-            if note is inspect.Parameter.empty:  # a default is an example
-                kinds = {bool: {bool, type(None)}, int: {int, float, type(None)}, float: {float, type(None)},
-                         str: {str}}.get(type(default), set())
-            else:
-                union = typing.get_origin(note) in (typing.Union, types.UnionType)
-                kinds = {*(typing.get_args(note) if union else [note]), *([type(None)] if default is None else [])}
-        elif not anything:
+        if key not in named and not anything:
             raise UsageError(f"{name}: it has no argument {key}; it has {', '.join(sorted(named)) or 'none'}")
+        note, default = (named[key].annotation, named[key].default) if key in named else (typing.Any, ...)
+        with contextlib.suppress(Exception):  # from __future__ import annotations
+            note = eval(note, {"typing": typing, **vars(typing)}) if isinstance(note, str) else note
+        if note is inspect.Parameter.empty:  # a default is an example
+            note = {bool: bool | None, int: int | float | None, float: float | None, str: str}.get(type(default))
+        union = typing.get_origin(note) in (typing.Union, types.UnionType)
+        kinds = {*(typing.get_args(note) if union else [note]), *([type(None)] if default is None else [])}
         read[key] = read_argument(f"{name}: {key}", given, kinds if kinds <= set(PLAIN) else set())
     return read
-
 
 def read_argument(what, given, kinds):
     """`given`, a value or its text, as one of `kinds` (out of PLAIN; none: anything a Python or JSON literal is)."""
@@ -882,10 +795,8 @@ def read_argument(what, given, kinds):
     if isinstance(given, str) and kinds != {str}:
         value = {"true": True, "false": False, "none": None, "null": None}.get(given.lower(), given)
         for literal in (ast.literal_eval, json.loads):
-            try:
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):  # not a literal of this kind
                 value = literal(given) if value is given else value
-            except (ValueError, SyntaxError, TypeError):
-                pass  # not this kind of literal
         if str in kinds and type(value) not in kinds:
             value = given  # Optional[str]: 12 is text
         if value is given and given[:1] in ("{", "["):
@@ -896,20 +807,18 @@ def read_argument(what, given, kinds):
         raise UsageError(f"{what} must be {' or '.join(PLAIN[kind] for kind in PLAIN if kind in kinds)}; got {given!r}")
     return value
 
-
 class Parallel:
     """A PettingZoo parallel environment behind PyMARL's interface: observations flattened and padded with zeros, unlike
     numbers of actions padded and masked, reward = sum over agents. An agent that is gone is dead: it sees zeros and has
     the no-op 0, which nobody plays."""
-
     def __init__(self, name, env, seed, arguments):
         if hasattr(env, "agent_iter"):
             raise UsageError(f"{name}: this PettingZoo environment takes turns: name its parallel_env instead")
         self.name, self.env, self.agents, self.width = name, env, list(env.possible_agents), 0
-        self.close, self.render = env.close, env.render
+        self.close, self.render = env.close, getattr(env, "render", lambda: None)
         self.counts = [getattr(env.action_space(agent), "n", 0) for agent in self.agents]
         if not all(self.counts):
-            raise UsageError(f"{name}: expected Discrete actions, got {[*map(str, map(env.action_space, self.agents))]}")
+            raise UsageError(f"{name}: expected Discrete actions, got {[*map(env.action_space, self.agents)]}")
         self.n_actions = int(max(self.counts))
         known = (types.SimpleNamespace(**arguments), env, getattr(env, "unwrapped", env))
         limits = [read_argument(f"{name}: {key}", getattr(owner, key), {int})
@@ -918,11 +827,10 @@ class Parallel:
             raise UsageError(f"{name}: it tells no time limit of its own: give one with --env-args episode_limit=300")
         self.limit = min(limits)
         self.reset(seed)
-        try:
+        self.note = "it offers no state: the state is the agents' observations, joined"
+        with contextlib.suppress(AttributeError, NotImplementedError):
             env.state()
             self.note = ""
-        except (AttributeError, NotImplementedError):
-            self.note = "it offers no state: the state is the agents' observations, joined"
         self.get_state = lambda: np.ravel(self.obs if self.note else env.state())
         self.get_obs, self.get_avail_actions = lambda: self.obs, lambda: self.avail
 
@@ -956,10 +864,8 @@ class Parallel:
         self.width = self.width or max(map(len, rows))
         self.obs = [np.pad(row, (0, self.width - len(row))) for row in rows]
 
-
 class MaGym:
     """A registered ma-gym environment behind PettingZoo's parallel interface; it ends when all agents are done."""
-
     def __init__(self, name, which, arguments):
         try:
             import gym
@@ -967,20 +873,18 @@ class MaGym:
         except ModuleNotFoundError as error:
             raise UsageError(f"{name}: {error.name} is not installed: `make install` adds ma-gym on Python 3.10 and "
                              f"3.11; this is {sys.version.split()[0]}") from None
-        specs = {spec.id: spec.entry_point for spec in gym.envs.registry.all()  # but gym's own, for one agent, as ma_...
-                 if "ma_gym" in str(spec.entry_point) and not spec.id.startswith("ma_")}
-        if which not in specs:
-            raise UsageError(f"{name}: no such environment; ma-gym has {', '.join(sorted(specs))}")
+        found = {spec.id: str(spec.entry_point) for spec in gym.envs.registry.all()}
+        known = sorted(id for id, entry in found.items() if "ma_gym" in entry and "openai" not in entry)  # not for one
+        if which not in known:
+            raise UsageError(f"{name}: no such environment; ma-gym has {', '.join(known)}")
         gym.logger.set_level(gym.logger.ERROR)  # it warns of its own spaces at each start
-        made = gym.envs.registration.load(specs[which])
         own = {key: value for key, value in arguments.items() if key != "episode_limit"}
-        self.env = gym.make(which, **read_arguments(name, made, own))
+        self.env = gym.make(which, **read_arguments(name, gym.envs.registration.load(found[which]), own))
         self.episode_limit = getattr(self.env, "_max_steps", None)
         np.float = float  # Combat's get_state() was written for NumPy before 1.24; this process alone sees it
-        if hasattr(self.env, "get_state"):
-            self.state = self.env.get_state
         self.possible_agents = self.agents = list(range(self.env.n_agents))
         self.action_space, self.close = self.env.action_space.__getitem__, self.env.close
+        self.state, self.render = lambda: self.env.get_state(), lambda: self.env.render(mode="rgb_array")
 
     def reset(self, seed=None):
         if seed is not None:
@@ -990,15 +894,11 @@ class MaGym:
     def step(self, actions):
         # subtle: at its limit ma-gym marks everybody done, a real end in that very step too; without the limit only a
         # real end does. The clock in the observation needs the limit, so they are made again with it.
-        self.env._max_steps = math.inf
+        self.env._max_steps = np.inf
         _, rewards, dones, _ = self.env.step(list(actions.values()))
         self.env._max_steps = self.episode_limit
         obs = self.env.get_agent_obs()
         return dict(enumerate(obs)), dict(enumerate(rewards)), dict.fromkeys(self.agents, all(list(dones))), {}, {}
-
-    def render(self):
-        return self.env.render(mode="rgb_array")
-
 
 class Smac:
     """smac's StarCraft2Env; whatever the game does wrong is raised as GameFailure, which ends this object's life."""
@@ -1015,10 +915,9 @@ class Smac:
         for path in (game / "Versions", game / "Maps" / "SMAC_Maps" / f"{map_name}.SC2Map"):
             if not path.exists():
                 raise UsageError(f"{name}: {path} does not exist; {self.needs}")
+        flags.FLAGS.sc2_timeout = 60  # pysc2 waits 360 seconds for a game that hangs
         text = {key: str(arguments[key]) for key in {"game_version"} & set(arguments)}  # 4.10 is not 4.1
-        own = {"sc2_timeout": 60} | {key: value for key, value in arguments.items() if key not in text}
-        flags.FLAGS.sc2_timeout = int(own.pop("sc2_timeout"))  # pysc2 waits 360 seconds for a game that hangs
-        arguments = read_arguments(name, StarCraft2Env, own) | text
+        arguments = read_arguments(name, StarCraft2Env, arguments) | text
         self.replay, self.episodes, self.began = bool(arguments.get("replay_dir")), 0, False
         if self.replay:  # pysc2 would look for it in $SC2PATH/Replays, and make it in a race
             arguments["replay_dir"] = os.path.abspath(arguments["replay_dir"])
@@ -1056,31 +955,11 @@ class Smac:
             if self.replay and self.episodes:
                 self.env.save_replay()  # one file holds all episodes of this game
 
-
 # ------------------------------------------------------------------------------------------------ by name, as a picture
-
-def first_line(error):
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
-
-
-def pairs(arguments):
-    """Texts key=value, as typed, or a dict, as (key, text) pairs; UsageError for what is neither, or given twice."""
-    if isinstance(arguments, dict):
-        return [(key, text if isinstance(text, str) else json.dumps(text)) for key, text in arguments.items()]
-    if isinstance(arguments, str) or not all(isinstance(text, str) and "=" in text[1:] for text in arguments):
-        raise UsageError(f"--env-args takes key=value ..., not {arguments!r}")
-    keys = [text.partition("=")[0] for text in arguments]
-    if twice := sorted({key for key in keys if keys.count(key) > 1}):
-        raise UsageError(f"--env-args: {', '.join(twice)} is given more than once")
-    return [text.split("=", 1) for text in arguments]
-
-
 def make(name, n_envs=32, device="cpu", seed=0, arguments=None, timeout=120.0, render=False):
     """The environment called `name`, or UsageError with the names there are.
-
     arguments: what a smac, ma_gym or own environment takes, {key: value or its text}; the batched ones take none.
-    timeout: seconds that one start, reset or step of a single environment may take.
-    """
+    timeout: seconds that one start, reset or step of a single environment may take."""
     auto = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=auto if device == "auto" else device).device
@@ -1103,37 +982,30 @@ def make(name, n_envs=32, device="cpu", seed=0, arguments=None, timeout=120.0, r
     raise UsageError(f"unknown environment {name!r}; there are two-step, checkers, checkers-v1 .. -v3, skirmish:MAP, "
                      "smac:MAP, ma_gym:ID and module:Class")
 
-
 def record(env, choose, path, fps=6):
     """Draws one episode of environment 0 into a GIF, written whole or not at all.
-
-    choose(step, memory) -> actions (B, N), memory: the policy; its memory is None at the start.
-    """
-    path = Path(path).absolute()
-    if path.suffix != ".gif" or not path.parent.is_dir():
-        raise UsageError(f"--record must name a .gif file in a folder that exists (for smac: a folder), not {path}")
+    choose(step, memory) -> actions (B, N), memory: the policy; its memory is None at the start."""
+    path = Path(path)
+    if path.suffix != ".gif" or not path.absolute().parent.is_dir():
+        raise UsageError(f"--record must name a .gif file in a folder that exists, not {str(path)!r}")
     if not hasattr(env, "draw"):
         raise UsageError("--record: this environment cannot be drawn")
-    try:
-        from matplotlib.animation import PillowWriter
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--record needs matplotlib: pip install matplotlib") from None
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4))
     axes, writer, temporary = figure.subplots(), PillowWriter(fps=fps), path.with_name(path.stem + ".tmp.gif")
     writer.setup(figure, temporary, dpi=90)
-    step, memory, score, over = env.reset(), None, 0.0, False
+    step, memory, score = env.reset(), None, 0.0
     for t in range(env.episode_limit + 1):
         axes.clear()
         env.draw(axes, 0)
         axes.set_title(f"step {t}    return {score:.2f}")
         writer.grab_frame()
-        if over:
+        if step.terminated[0] | step.truncated[0]:
             break
         actions, memory = choose(step, memory)
         step = env.step(actions)
         score += float(step.reward[0])
-        over = bool(step.terminated[0] | step.truncated[0])
     try:
         writer.finish()
         os.replace(temporary, path)

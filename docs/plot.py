@@ -124,7 +124,7 @@ def checkers() -> None:
     for (_, algo, *_), run in runs.items():
         if algo == "qmix":
             left.plot(run["env_steps"] / 1000, run["test_return"], color=COLORS[algo], linewidth=1, alpha=0.6)
-    left.set(xlabel="thousand environment steps", ylabel="greedy return", ylim=(-5, 92), title="Checkers: QMIX, each seed")
+    left.set(xlabel="thousand environment steps", ylabel="greedy return", ylim=(-5, 92), title="QMIX, each seed")
     bands(right, runs, "test_return")
     right.set(title="Checkers: median and quartiles")
     right.legend(loc="lower right", fontsize=8, ncol=2)

@@ -2,10 +2,10 @@
 
     python testdata/record_ma_gym.py        (Python 3.10 or 3.11, after make install-ma-gym)
 
-32 episodes, the same actions in each variant. E episodes of up to T = 100 steps, padded with zeros: length (E,), actions
-(E, T, 2), reward (E, T), obs_v0 .. obs_v3 (E, T + 1, 2, O) in hundredths, cells (E, T + 1, 2): where the agents are,
-8 * row + column, food (E, T + 1, 2, 24): the apples and lemons that are left, and events: the corners of the rules that
-some episode meets, all of EVENTS.
+32 episodes, the same actions in each variant. E episodes of up to T = 100 steps, padded with zeros: length (E,),
+actions (E, T, 2), reward (E, T), obs_v0 .. obs_v3 (E, T + 1, 2, O) in hundredths, cells (E, T + 1, 2): where the agents
+are, 8 * row + column, food (E, T + 1, 2, 24): the apples and lemons that are left, and events: the corners of the rules
+that some episode meets, all of EVENTS.
 """
 import random
 from pathlib import Path

@@ -1,0 +1,97 @@
+"""README.md's examples and numbers, and the scripts in docs/. Each test names the mistake it would catch."""
+
+import importlib.util
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import qmix
+
+HERE, LEARNERS = Path(qmix.__file__).parent, sorted(qmix.MIXERS)
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / "docs" / f"{name}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+def readme_block(word):
+    """The first Python block of README.md that contains `word`."""
+    blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+    return next(block.split("```")[0] for block in blocks if word in block)
+
+def test_readme_own_environment_runs_as_printed(tmp_path, monkeypatch, capfd):
+    """Catches: an example that does not run, --env-args that do not arrive, voided or lost columns."""
+    (tmp_path / "mygame.py").write_text(readme_block("class Meet"))
+    monkeypatch.chdir(tmp_path)
+    assert qmix.main("--env mygame:Meet --env-args size=3 --num-envs 2 --total-steps 60 --batch-size 4 --buffer-size 8 "
+                     "--test-episodes 2 --test-interval-steps 60 --out run --device cpu".split()) == 0
+    facts = json.loads(capfd.readouterr().out.splitlines()[-1].removeprefix("result: "))
+    assert facts["updates"] > 0 and Path("run/metrics.csv").read_text().endswith(",0\n")
+    assert qmix.main("--evaluate run --episodes 2 --env-args size=1".split()) == 0  # they have met before they move
+    assert json.loads(capfd.readouterr().out.removeprefix("result: "))["mean_length"] == 1
+
+def test_readme_python_lines_run(tmp_path, monkeypatch):
+    """Catches: lines for other projects, names in the table of the paper, columns that have drifted from the code."""
+    monkeypatch.chdir(tmp_path)
+    scope, text = {}, (HERE / "README.md").read_text()
+    exec(readme_block("qmix.train").replace("total_steps=50_000", "total_steps=200"), scope)
+    assert scope["actions"].shape == (1, 2) and scope["action"].shape == (1,) and scope["facts"]["env_steps"] >= 200
+    for name in re.findall(r"`(\w[\w./]+)`", text.split("| in the paper |")[1].split("\n\n")[0]):
+        assert (HERE / name).exists() or any(hasattr(part, name) for part in (qmix, qmix.envs, qmix.Run)), name
+    assert ", ".join(qmix.COLUMNS) in " ".join(text.split())
+
+def test_gathered_runs_are_kept_apart(tmp_path):
+    """Catches: one run gathered twice, or a run with other flags drawn among those of the preset."""
+    pytest.importorskip("matplotlib")
+    plot, folders = load_script("plot"), [tmp_path / str(i) for i in range(3)]
+    for i, given in enumerate((dict(seed=1), dict(seed=2, out="x", threads=3), dict(seed=1, lr=0.5, double_q=False))):
+        folders[i].mkdir()
+        config = json.dumps(dict(config=vars(qmix.Config(env="checkers", **given))))
+        (folders[i] / "config.json").write_text(config)
+        rows = [",".join([str(10 * i + j)] * len(qmix.COLUMNS)) for j in range(3)]
+        (folders[i] / "metrics.csv").write_text("\n".join([",".join(qmix.COLUMNS), *rows]))
+    plot.gather(tmp_path / "all.csv", folders)
+    runs = {key[2:]: list(run["loss"]) for key, run in plot.read(tmp_path / "all.csv").items()}
+    assert runs == {("1", ""): [0, 1, 2], ("2", ""): [10, 11, 12], ("1", "--lr 0.5 --no-double-q"): [20, 21, 22]}
+    with pytest.raises(SystemExit, match="second run of checkers qmix 1"):
+        plot.gather(tmp_path / "twice.csv", [folders[0], folders[0]])
+    assert not (tmp_path / "twice.csv").exists()
+
+def test_readme_has_the_results_of_the_csvs():
+    """Catches: figures drawn again from new runs, and README's tables left as they were."""
+    pytest.importorskip("matplotlib")
+    plot, text = load_script("plot"), (HERE / "README.md").read_text()
+    lines = plot.table("checkers.csv") + plot.table("skirmish.csv")
+    found = {(env.removeprefix("skirmish:"), algo): results for env, algo, _, _, results, *_ in lines}
+    assert len(lines) == len(found) == len(LEARNERS) + 4 * 3 + 3 and not any(flags for _, _, flags, *_ in lines)
+    for algo in LEARNERS:
+        assert f"\n| {algo} | {found['checkers', algo]} |" in text
+    rows = [(env, "iql vdn qmix") for env in ("3m", "2s3z", "3s5z", "1c3s5z")]
+    for env, algos in [*rows, ("3s5z", "qmix vdn-s qmix-lin qmix-ns")]:
+        assert f"\n| {env} | {' | '.join(found[env, algo] for algo in algos.split())} |" in text
+
+def test_bench_compares_equal_updates():
+    """Catches: a learner that is fast because it computes something else (the losses are compared inside)."""
+    bench, sizes = load_script("bench"), dict(n_agents=2, n_actions=3, obs_dim=4, state_dim=5, episode_limit=20)
+    assert min(bench.compare_learners(sizes, torch.device("cpu"), share=0.4).values()) > 0
+    reached = [bench.first_reached(values, 1, True) for values in ([1, 0, 1, 1], [1, 1], [1, 0], [0])]
+    assert reached == [2, 0, None, None] and bench.first_reached([0, 1, 0], 1, False) == 1
+
+def test_two_step_tables_are_those_of_the_loss(tmp_path):
+    """Catches: rows and columns exchanged, a table under another state's name, weights that were not loaded."""
+    qmix.train(qmix.Config(env="two-step", total_steps=1, out=tmp_path / "run", device="cpu"))
+    saved, env = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True), qmix.envs.make("two-step", n_envs=1)
+    (team := qmix.Team(env, qmix.Config(**saved["config"]))).load_state_dict(saved["team"])
+    tables = load_script("two_step").q_tot_tables(tmp_path / "run")
+    for u, w, i, j in itertools.product((0, 1), repeat=4):
+        script = iter(([u, w], [i, j]))
+        episode, _ = qmix.rollout(env, lambda step, memory: (torch.tensor([next(script)]), None))  # noqa: B023
+        first, mean = (qmix.td_loss(team, team, episode | {"filled": torch.tensor([[True, both]])}, 0.99)[1]["q_taken"]
+                       for both in (False, True))
+        assert tables["1"][u][w] == pytest.approx(first.item(), abs=1e-5)
+        if w == 0:  # as the script gets there: the agents see their last actions too
+            assert tables[("2A", "2B")[u]][i][j] == pytest.approx((2 * mean - first).item(), abs=1e-5)
