@@ -954,7 +954,7 @@ def test_checkers_equals_recorded_ma_gym(variant):
 @pytest.mark.parametrize("text, length, total, discounted", [
     (BEST, 37, 86.26, None), (BEST_DISCOUNTED, 23, 83.54, 74.688680), ("44 " * 100, 100, -2.0, None)])
 def test_checkers_known_returns(text, length, total, discounted):
-    """Catches: another game than the one whose exact optimum PAPER.md gives. The last line: nobody moves."""
+    """Catches: another game than the one whose exact optimum is known. The last line: nobody moves."""
     env, rewards = envs.Checkers(n_envs=2), []
     env.reset()
     for pair in text.split():
