@@ -102,8 +102,6 @@ class Checkers(Batched):
     n_agents, n_actions, state_dim, episode_limit, best_return = 2, 5, 67, 100, 86.26
 
     def __init__(self, variant=0, n_envs=32, device="cpu"):
-        if variant not in (0, 1, 2, 3):
-            raise UsageError(f"Checkers has the variants 0, 1, 2 and 3, got {variant!r}")
         self.variant, self.n_envs, self.device = variant, n_envs, torch.device(device)
         self.obs_dim = (47, 94, 48, 96)[variant]
         tensor = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
@@ -461,21 +459,18 @@ class Workers:
         self.unused_seeds = random.Random(seed).sample(range(2**31 - 1), 10_000)  # never the same again
         self.seeds, self.failures = [0] * n_envs, [0] * n_envs
         self.running, self.void, self.told = np.zeros(n_envs, bool), np.zeros(n_envs, bool), np.zeros(len(FACTS), bool)
-        self.info, self.fresh = None, False  # fresh: all were reset, and nothing was played since
-        self.workers = {}  # {b: process}
+        self.workers, self.info, self.fresh = {}, None, False  # {b: process}; fresh: all reset, nothing played since
         self.close = weakref.finalize(self, end_workers, self.workers)  # may be called twice; also runs at exit
         self.reset()  # what cannot work is told now; the first reset() of the user gets this same start
         self.n_agents, self.n_actions, self.obs_dim, self.state_dim, self.episode_limit = (self.info[k] for k in SIZES)
         if self.info["note"]:
             print(f"{name}: {self.info['note']}", file=sys.stderr)
-        if name.startswith("smac:") and str(self.arguments.get("heuristic_ai")).lower() == "true":
-            # smac finds its heuristic's actions itself, within step, whatever it is sent
+        if name.startswith("smac:") and str(self.arguments.get("heuristic_ai")).lower() == "true":  # smac plays its own
             self.heuristic = torch.zeros(n_envs, self.n_agents, dtype=torch.int64, device=self.device).clone
 
     def reset(self):
         """Start all episodes -> Step. What does not start is replaced and tried again."""
-        # smac must not be reset twice before its first episode has ended, so an unused start is used
-        waiting = [] if self.fresh else range(self.n_envs)
+        waiting = [] if self.fresh else range(self.n_envs)  # smac's first episode must not be reset: use it
         while waiting:
             for b in sorted(set(waiting) - set(self.workers)):
                 self._start(b)
@@ -546,10 +541,8 @@ class Workers:
             if kind == "ok":
                 answers[b] = answer
                 continue
-            if kind == "usage":
-                raise UsageError(answer)
-            if kind == "error":
-                raise EnvFailure(f"{which} failed in {answer}")
+            if kind in ("usage", "error"):
+                raise UsageError(answer) if kind == "usage" else EnvFailure(f"{which} failed in {answer}")
             self.voided, self.running[b], self.void[b] = self.voided + 1, False, True
             self.failures[b] += 1
             if self.failures[b] >= (self.max_failures if self.info else 2):  # what never started is told soon
@@ -675,8 +668,7 @@ class Checked:
 
     def reset(self):
         self.env.reset()
-        self.steps = 0
-        self.row["reward"] = self.row["terminated"] = self.row["truncated"] = 0
+        self.row["reward"] = self.row["terminated"] = self.row["truncated"] = self.steps = 0
         self.row["facts"] = np.nan
         return self.look()
 
@@ -855,12 +847,11 @@ class Parallel:
 
     def look(self, obs, infos):
         rows, self.avail = [], np.zeros((len(self.agents), self.n_actions))
-        for i, agent in enumerate(self.agents):
-            gone = {"observation": [], "action_mask": np.arange(self.counts[i]) == 0}
-            seen = obs[agent] if agent in self.alive else gone
+        for i, (agent, n) in enumerate(zip(self.agents, self.counts)):
+            seen = obs[agent] if agent in self.alive else {"observation": [], "action_mask": np.arange(n) == 0}
             seen = seen if isinstance(seen, dict) else {"observation": seen}
             rows.append(np.ravel(seen.get("observation", seen)))
-            self.avail[i, :self.counts[i]] = seen.get("action_mask", infos.get(agent, {}).get("action_mask", 1))
+            self.avail[i, :n] = seen.get("action_mask", infos.get(agent, {}).get("action_mask", 1))
         self.width = self.width or max(map(len, rows))
         self.obs = [np.pad(row, (0, self.width - len(row))) for row in rows]
 
@@ -985,7 +976,6 @@ def make(name, n_envs=32, device="cpu", seed=0, arguments=None, timeout=120.0, r
 def record(env, choose, path, fps=6):
     """Draws one episode of environment 0 into a GIF, written whole or not at all.
     choose(step, memory) -> actions (B, N), memory: the policy; its memory is None at the start."""
-    path = Path(path)
     if path.suffix != ".gif" or not path.absolute().parent.is_dir():
         raise UsageError(f"--record must name a .gif file in a folder that exists, not {str(path)!r}")
     if not hasattr(env, "draw"):
@@ -1006,8 +996,5 @@ def record(env, choose, path, fps=6):
         actions, memory = choose(step, memory)
         step = env.step(actions)
         score += float(step.reward[0])
-    try:
-        writer.finish()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    writer.finish()  # nothing is written before
+    os.replace(temporary, path)
