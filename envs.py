@@ -103,7 +103,7 @@ class Checkers(Batched):
 
     def __init__(self, variant=0, n_envs=32, device="cpu"):
         self.variant, self.n_envs, self.device = variant, n_envs, torch.device(device)
-        self.obs_dim = (47, 94, 48, 96)[variant]
+        self.obs_dim = {0: 47, 1: 94, 2: 48, 3: 96}[variant]  # KeyError: there is no such variant
         tensor = lambda values: torch.tensor(values, device=self.device)  # noqa: E731
         cells = [(row, column) for row in range(3) for column in range(8)]  # the tables below have a row for each
         moves = (1, 0), (0, -1), (-1, 0), (0, 1), (0, 0)
