@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -654,6 +655,18 @@ def test_smoke(tmp_path, monkeypatch, algo, env):
     assert facts["env_steps"] >= 300 and math.isfinite(facts["test_return"]) and compiled.called == (algo == "iql")
     assert facts["updates"] == 0 if algo in ("random", "heuristic") else facts["updates"] >= 1
     assert algo != "random" or metrics(cfg.out)[-1][6] not in ("", "0.0") and main("--evaluate", cfg.out) == 2
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_step_is_the_plain_one():
+    """Catches: --compile that changes the game: a graph that keeps the state or random numbers of its first call."""
+    plain, compiled = (qmix.make_env(qmix.Config(env="skirmish:3m", compile=on), 4, "cpu", 1) for on in (False, True))
+    steps = [plain.reset(), compiled.reset()]
+    for _ in range(40):
+        noise = torch.rand(steps[0].avail.shape).masked_fill(~steps[0].avail, -1)
+        steps = [env.step(noise.argmax(-1)) for env in (plain, compiled)]
+        for ours, theirs in zip(*(step[:-1] for step in steps)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert steps[0].terminated.any()
 
 # ------------------------------------------------------------------------------------------- bad input, evaluation, use
 @pytest.fixture(scope="module")
