@@ -2,9 +2,14 @@
 from run directories.
 
     python docs/plot.py                                            # make plot
-    python docs/plot.py --gather docs/checkers.csv runs/a runs/b   # metrics.csv of each run, and how it was made
+    python docs/plot.py --gather docs/checkers.csv runs/a runs/b   # adds metrics.csv of each run, and how it was made
+
+Statistics are those of Gorsane et al. 2022 (arXiv 2209.10485): the interquartile mean over independent seeds with a
+95 % bootstrap interval, and the absolute metric: what each run's best policy, by its evaluations, comes to when it is
+evaluated again over more episodes.
 """
 
+import contextlib
 import csv
 import json
 import sys
@@ -13,25 +18,35 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
+from scipy import stats
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import coma  # noqa: E402
 
 import qmix  # noqa: E402
 
 COLORS = {"iql": "#7f7f7f", "vdn": "#1f77b4", "qmix": "#d62728", "vdn-s": "#17becf", "qmix-lin": "#ff7f0e",
-          "qmix-ns": "#9467bd"}  # the same in every figure
+          "qmix-ns": "#9467bd", "coma": "#2ca02c"}  # the same in every figure
 KEYS = ("env", "algo", "seed", "flags")
-KEEP = ("env_steps", "episodes", "updates", "seconds", "train_return", "test_return", "test_win_rate", "loss")
+KEEP = ("env_steps", "episodes", "updates", "seconds", "train_return", "test_return", "test_win_rate", "loss",
+        "absolute")
+MAPS, ABLATED = ("3m", "5m", "8m", "2s3z", "3s5z", "1c3s5z"), ("3m", "2s3z", "3s5z")  # of the paper's figures 3 and 4
+AGAIN = 320  # episodes of the absolute metric: ten times SMAC's evaluation of 32
 
 
 def flags(config: dict) -> str:
     """What a run's config changes of its environment's preset, as flags; what cannot matter is left out."""
-    config, plain, text = vars(qmix.Config(**config)), vars(qmix.Config(env=config["env"])), []
-    for name in plain.keys() - {"algo", "seed", "out", "threads", "env_timeout", "checkpoint_seconds", "save_replay"}:
+    kind = coma.Config if config["algo"] == "coma" else qmix.Config
+    config = vars(kind(**config | {"env_args": tuple(config["env_args"])}))  # JSON has lists alone
+    plain, text = vars(kind(env=config["env"])), []
+    for name in plain.keys() - {"algo", "seed", "out", "device", "threads", "env_timeout", "checkpoint_seconds",
+                                "save_replay"}:
         flag, value = name.replace("_", "-"), config[name]
         if value != plain[name]:
             value = " ".join(value) if name == "env_args" else value
@@ -39,20 +54,38 @@ def flags(config: dict) -> str:
     return " ".join(sorted(text))
 
 
+def absolute(run: Path, config: dict) -> float:
+    """The absolute metric: win rate, or mean return where there is no battle, of AGAIN greedy episodes of best.pt."""
+    saved = torch.load(run / "best.pt", weights_only=True)
+    cfg = qmix.Config(env=config["env"], env_args=config["env_args"], hidden_dim=config["hidden_dim"], algo="iql")
+    policy = qmix.Policy(saved | {"config": vars(cfg)})  # the agents' network alone; COMA's is the same
+    with contextlib.closing(qmix.make_env(cfg, 64, "cpu", seed=config["seed"])) as env:
+        found = qmix.greedy_episodes(env, lambda step, hidden: policy.act(step.obs, step.avail, hidden), AGAIN)
+    return found["test_return"] if found["test_win_rate"] is None else found["test_win_rate"]
+
+
 def gather(target: str, runs: list[str]) -> None:
+    """Add runs to a CSV; those that it has already stay."""
     gathered: dict = {}
-    for run in runs:
-        config = json.loads((Path(run) / "config.json").read_text())["config"]
+    if Path(target).exists():
+        with open(target) as file:
+            for row in csv.DictReader(file):
+                key = row["env"], row["algo"], int(row["seed"]), row["flags"]
+                gathered.setdefault(key, []).append([row[name] for name in KEEP])
+    for run in map(Path, runs):
+        config = json.loads((run / "config.json").read_text())["config"]
         key = config["env"], config["algo"], config["seed"], flags(config)
         if key in gathered:
             sys.exit(f"error: {run} is a second run of {' '.join(map(str, key))}")
-        with open(Path(run) / "metrics.csv") as rows:
-            gathered[key] = [[f"{float(row[name]):.6g}" if row[name] else "" for name in KEEP]
-                             for row in csv.DictReader(rows)]
+        with open(run / "metrics.csv") as file:
+            rows = list(csv.DictReader(file))
+        rows[-1]["absolute"] = absolute(run, config)
+        rows = [[row.get(name, "") for name in KEEP] for row in rows]
+        gathered[key] = [["" if cell == "" else f"{float(cell):.6g}" for cell in row] for row in rows]
     with open(target, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow([*KEYS, *KEEP])
-        table.writerows([*key, *row] for key, rows in gathered.items() for row in rows)
+        table.writerows([*key, *row] for key, rows in sorted(gathered.items()) for row in rows)
 
 
 def read(name: str) -> dict[tuple, dict[str, np.ndarray]]:
@@ -66,24 +99,44 @@ def read(name: str) -> dict[tuple, dict[str, np.ndarray]]:
     return {key: {column: np.array(values) for column, values in run.items()} for key, run in runs.items()}
 
 
-def table(name: str) -> list[list[str]]:
-    """env, algo, flags, seeds, results, updates to 82, updates, seconds of each group of runs, as README.md has them. A
-    seed's result is the final return on Checkers, the mean of the last three win rates in per cent on skirmish."""
+def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    return stats.trim_mean(values, 0.25, axis=axis)
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % bootstrap interval of the interquartile mean over the first axis, the seeds."""
+    if len(values) < 2:
+        return values[0], values[0]
+    found = stats.bootstrap((values,), iqm, n_resamples=5000, method="percentile", rng=np.random.default_rng(1))
+    return found.confidence_interval
+
+
+def summary(values: list[float], digits: int) -> str:
+    """As in 97 [95, 98]."""
+    low, high = interval(np.array(values))
+    return f"{iqm(np.array(values)):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(name: str) -> dict[tuple, dict[str, str]]:
+    """{(env, algo, flags): {column: text}}, one for each group of runs. Returns on Checkers, greedy wins in per cent on
+    skirmish; `end` is the last evaluation there, the mean of the last three here."""
     groups: dict = {}
     for (env, algo, seed, changed), run in read(name).items():
         groups.setdefault((env, algo, changed), {})[int(seed)] = run
-    lines = []
-    for key, seeds in groups.items():
-        runs, first = [seeds[seed] for seed in sorted(seeds)], []
-        if key[0] == "checkers":
-            results = [f"{run['test_return'][-1]:.2f}" for run in runs]
-            first = [f"{run['updates'][run['test_return'] > 82][0]:,.0f}" if max(run["test_return"]) > 82 else "never"
-                     for run in runs]
+    lines = {}
+    for (env, *key), seeds in groups.items():
+        runs = [seeds[seed] for seed in sorted(seeds)]
+        if env == "checkers":
+            digits, end = 2, [run["test_return"][-1] for run in runs]
         else:
-            results = [f"{100 * run['test_win_rate'][-3:].mean():.0f}" for run in runs]
-        updates, seconds = (f"{min(values):,.0f} to {max(values):,.0f}" for values in
-                            ([run[column][-1] for run in runs] for column in ("updates", "seconds")))
-        lines.append([*key, ", ".join(map(str, sorted(seeds))), ", ".join(results), ", ".join(first), updates, seconds])
+            digits, end = 0, [100 * run["test_win_rate"][-3:].mean() for run in runs]
+        again = [run["absolute"][-1] * (1 if env == "checkers" else 100) for run in runs]
+        seconds = [run["seconds"][-1] for run in runs]
+        lines[(env, *key)] = {"seeds": f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"{min(seeds)}",
+                            "number": str(len(seeds)), "end": summary(end, digits),
+                            "from ... to": f"{min(end):.{digits}f} to {max(end):.{digits}f}",
+                            "absolute metric": summary(again, digits),
+                            "seconds": f"{min(seconds):,.0f} to {max(seconds):,.0f}"}
     return lines
 
 
@@ -101,13 +154,13 @@ def two_step() -> None:
 
 
 def bands(axes, runs: dict, column: str) -> None:
-    """Median and quartiles over the seeds of each algorithm, against environment steps."""
+    """Interquartile mean over the seeds of each algorithm, with its interval, against environment steps."""
     for algo, color in COLORS.items():
         if seeds := [run for (_, a, *_), run in runs.items() if a == algo]:
             steps = np.linspace(0, min(run["env_steps"][-1] for run in seeds), 60)
             curves = np.array([np.interp(steps, run["env_steps"], run[column]) for run in seeds])
-            low, median, high = np.quantile(curves, (0.25, 0.5, 0.75), axis=0)
-            axes.plot(steps / 1000, median, color=color, label=f"{algo} ({len(seeds)} seeds)")
+            low, high = interval(curves)
+            axes.plot(steps / 1000, iqm(curves), color=color, label=f"{algo} ({len(seeds)})")
             axes.fill_between(steps / 1000, low, high, color=color, alpha=0.2, linewidth=0)
     axes.set(xlabel="thousand environment steps")
 
@@ -126,7 +179,7 @@ def checkers() -> None:
             left.plot(run["env_steps"] / 1000, run["test_return"], color=COLORS[algo], linewidth=1, alpha=0.6)
     left.set(xlabel="thousand environment steps", ylabel="greedy return", ylim=(-5, 92), title="QMIX, each seed")
     bands(right, runs, "test_return")
-    right.set(title="Checkers: median and quartiles")
+    right.set(title="interquartile mean and its 95 % interval (number of seeds)")
     right.legend(loc="lower right", fontsize=8, ncol=2)
     figure.savefig(HERE / "checkers.png", dpi=110)
 
@@ -136,10 +189,11 @@ def skirmish() -> None:
     with open(HERE / "skirmish_heuristic.csv") as file:
         heuristic = {f"skirmish:{row['map']}": float(row["won"]) / 100 for row in csv.DictReader(file)
                      if row["policy"] == "heuristic"}
-    for name, algos, maps, across in (("skirmish", ("iql", "vdn", "qmix"), ("3m", "2s3z", "3s5z", "1c3s5z"), 2),
-                                      ("ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"), ("3s5z",), 1)):
-        figure, panels = pyplot.subplots(len(maps) // across, across, figsize=(5 * across, 3 * len(maps) // across),
-                                         layout="constrained", squeeze=False, sharey=True)
+    for name, algos, maps in (("skirmish", ("iql", "vdn", "qmix", "coma"), MAPS),
+                              ("ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"), ABLATED)):
+        rows = len(maps) // 3
+        figure, panels = pyplot.subplots(rows, 3, figsize=(12, 3.3 * rows), layout="constrained", squeeze=False,
+                                         sharey=True)
         for axes, env in zip(panels.flat, (f"skirmish:{map_name}" for map_name in maps)):
             runs = {key: run for key, run in read("skirmish.csv").items() if key[0] == env and key[1] in algos}
             bands(axes, runs, "test_win_rate")
@@ -158,7 +212,8 @@ if __name__ == "__main__":
         two_step()
         checkers()
         skirmish()
-        for name in ("checkers.csv", "checkers_flags.csv", "skirmish.csv", "skirmish_flags.csv"):
-            print(f"\n{name}: env, algo, flags, seeds, results, updates to 82, updates, seconds")
-            for line in table(name):
-                print(f"| {' | '.join(line)} |")
+        for name in ("checkers.csv", "skirmish.csv"):
+            for i, (key, line) in enumerate(table(name).items()):
+                if i == 0:
+                    print(f"\n{name}: env, algo, flags, {', '.join(line)}")
+                print(f"| {' | '.join((*key, *line.values()))} |")

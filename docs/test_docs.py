@@ -45,21 +45,35 @@ def test_readme_python_lines_run(tmp_path, monkeypatch):
     assert ", ".join(qmix.COLUMNS) in " ".join(text.split())
 
 def test_gathered_runs_are_kept_apart(tmp_path):
-    """Catches: one run gathered twice, or a run with other flags drawn among those of the preset."""
+    """Catches: one run gathered twice, a run with other flags drawn among those of the preset, the last weights taken
+    for the best ones, COMA's settings read as QMIX's."""
     pytest.importorskip("matplotlib")
-    plot, folders = load_script("plot"), [tmp_path / str(i) for i in range(3)]
-    for i, given in enumerate((dict(seed=1), dict(seed=2, out="x", threads=3), dict(seed=1, lr=0.5, double_q=False))):
+    plot, folders = load_script("plot"), [tmp_path / str(i) for i in range(4)]
+    plot.AGAIN = 64
+    given = [qmix.Config(env="skirmish:3m", **each) for each in
+             (dict(seed=1), dict(seed=2, out="x", threads=3), dict(seed=1, lr=0.5, double_q=False))]
+    for i, cfg in enumerate([*given, plot.coma.Config(env="skirmish:3m", hidden_dim=16)]):
         folders[i].mkdir()
-        config = json.dumps(dict(config=vars(qmix.Config(env="checkers", **given))))
-        (folders[i] / "config.json").write_text(config)
+        (folders[i] / "config.json").write_text(json.dumps(dict(config=vars(cfg))))
         rows = [",".join([str(10 * i + j)] * len(qmix.COLUMNS)) for j in range(3)]
         (folders[i] / "metrics.csv").write_text("\n".join([",".join(qmix.COLUMNS), *rows]))
-    plot.gather(tmp_path / "all.csv", folders)
-    runs = {key[2:]: list(run["loss"]) for key, run in plot.read(tmp_path / "all.csv").items()}
-    assert runs == {("1", ""): [0, 1, 2], ("2", ""): [10, 11, 12], ("1", "--lr 0.5 --no-double-q"): [20, 21, 22]}
-    with pytest.raises(SystemExit, match="second run of checkers qmix 1"):
-        plot.gather(tmp_path / "twice.csv", [folders[0], folders[0]])
-    assert not (tmp_path / "twice.csv").exists()
+        saved = qmix.checkpoint((plot.coma.COMA if i == 3 else qmix.Run)(cfg), whole=False)
+        # The first run's best policy stands and shoots, all at the first enemy in reach; the others' only stand
+        wishes = torch.tensor([0, 4, 0, 0, 0, 0, 7, 6, 5] if i == 0 else [0, 1, 0, 0, 0, 0, 0, 0, 0])
+        saved["team"]["agent.fc2.bias"].copy_(1e3 * wishes)
+        torch.save(saved, folders[i] / "best.pt")
+    plot.gather(tmp_path / "all.csv", folders[:2])
+    plot.gather(tmp_path / "all.csv", folders[2:])  # those that are there stay
+    runs = {key[1:]: [*run["loss"], run["absolute"][-1]] for key, run in plot.read(tmp_path / "all.csv").items()}
+    assert list(runs) == [("coma", "1", "--hidden-dim 16"), ("qmix", "1", ""), ("qmix", "1", "--lr 0.5 --no-double-q"),
+                          ("qmix", "2", "")]
+    assert [values[:3] for values in runs.values()] == [[30, 31, 32], [0, 1, 2], [20, 21, 22], [10, 11, 12]]
+    won = [values[3] for values in runs.values()]
+    assert won[1] > 0 and [won[0], *won[2:]] == [0, 0, 0], won
+    before = (tmp_path / "all.csv").read_text()
+    with pytest.raises(SystemExit, match="second run of skirmish:3m qmix 1"):
+        plot.gather(tmp_path / "all.csv", [folders[0]])
+    assert (tmp_path / "all.csv").read_text() == before
 
 def test_readme_has_the_results_of_the_csvs():
     """Catches: figures drawn again from new runs, and README's tables left as they were."""
