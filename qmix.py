@@ -750,8 +750,8 @@ PRESETS = {
                      epsilon_anneal_steps=600_000, epsilon_spread=0.5, test_episodes=1, test_interval_steps=20_000,
                      threads=1),
     # Minutes instead of hours: Adam, Q(lambda), a soon following target, a replay without the first, random battles
-    "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=2e-3,
-                     lr_anneal=True, td_lambda=0.8, target_tau=0.05, buffer_size=1000, test_episodes=64,
+    "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
+                     lr_anneal=True, td_lambda=0.6, target_tau=0.05, buffer_size=1000, test_episodes=64,
                      test_interval_steps=20_000, threads=1),
 }
 
