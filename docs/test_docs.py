@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,17 +77,17 @@ def test_gathered_runs_are_kept_apart(tmp_path):
     assert (tmp_path / "all.csv").read_text() == before
 
 def test_readme_has_the_results_of_the_csvs():
-    """Catches: figures drawn again from new runs, and README's tables left as they were."""
+    """Catches: figures drawn again from new runs, and README's tables left as they were; an algorithm or map left out;
+    an interval that is not the bootstrap's of the interquartile mean."""
     pytest.importorskip("matplotlib")
     plot, text = load_script("plot"), (HERE / "README.md").read_text()
-    lines = plot.table("checkers.csv") + plot.table("skirmish.csv")
-    found = {(env.removeprefix("skirmish:"), algo): results for env, algo, _, _, results, *_ in lines}
-    assert len(lines) == len(found) == len(LEARNERS) + 4 * 3 + 3 and not any(flags for _, _, flags, *_ in lines)
-    for algo in LEARNERS:
-        assert f"\n| {algo} | {found['checkers', algo]} |" in text
-    rows = [(env, "iql vdn qmix") for env in ("3m", "2s3z", "3s5z", "1c3s5z")]
-    for env, algos in [*rows, ("3s5z", "qmix vdn-s qmix-lin qmix-ns")]:
-        assert f"\n| {env} | {' | '.join(found[env, algo] for algo in algos.split())} |" in text
+    lines = plot.readme()
+    assert len(lines) == len(LEARNERS) + len(plot.MAPS) and all(f"\n{line}\n" in text for line in lines)
+    values = [90.0, 10, 20, 30, 40]
+    draws = np.sort(np.random.default_rng(7).choice(values, (20_000, 5)), axis=1)[:, 1:-1].mean(1)  # without a quarter
+    low, high = plot.interval(np.array(values))  # at each end, rounded down
+    assert plot.iqm(np.array(values)) == 30 and plot.summary(values, 0).startswith("30 [")
+    assert [low, high] == pytest.approx(np.quantile(draws, (0.025, 0.975)), abs=2)
 
 def test_bench_compares_equal_updates():
     """Catches: a learner that is fast because it computes something else (the losses are compared inside)."""
