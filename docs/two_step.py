@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -66,10 +67,10 @@ def train(algo: str, seed: int = 1) -> tuple[dict, dict, list[dict]]:
 
 def main() -> None:
     algos = ("iql", "vdn", "vdn-s", "qmix", "qmix-lin", "qmix-ns")
-    with multiprocessing.get_context("spawn").Pool(2) as pool, open(HERE / "two_step.csv", "w") as file:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool, open(HERE / "two_step.csv", "w") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["algo", "seed", "env_steps", "loss", "test_return"])
-        for algo, (facts, tables, rows) in zip(algos, pool.imap(train, algos)):
+        for algo, (facts, tables, rows) in zip(algos, pool.map(train, algos)):
             print_tables(tables, algo)
             loss, (greedy, plateau) = sum(float(row["loss"]) for row in rows[-3:]) / 3, EXACT.get(algo, (7, 0.5625))
             print(f"{'':6}greedy return {facts['test_return']:.0f} (paper {greedy}), "
