@@ -112,7 +112,9 @@ def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summary(values: list[float], digits: int) -> str:
-    """As in 97 [95, 98]."""
+    """As in 97 [95, 98]; of fewer than five seeds each value: no interval would mean much."""
+    if len(values) < 5:
+        return ", ".join(f"{value:.{digits}f}" for value in values)
     low, high = interval(np.array(values))
     return f"{iqm(np.array(values)):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -216,7 +218,8 @@ def readme() -> list[str]:
     for map_name in MAPS:
         cells = [wins[(f"skirmish:{map_name}", algo, "")] for algo in ("iql", "vdn", "qmix")]
         numbers = " | ".join(f"{cell['absolute metric']}" for cell in cells)
-        lines.append(f"| {map_name} | {numbers} | {heuristic()[map_name]:.0f} | {cells[0]['seeds']} |")
+        counts = ", ".join(cell["number"] for cell in cells)
+        lines.append(f"| {map_name} | {numbers} | {heuristic()[map_name]:.0f} | {counts} |")
     return lines
 
 
