@@ -224,8 +224,13 @@ def readme() -> list[str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--gather"]:
-        gather(sys.argv[2], sys.argv[3:])
+    if sys.argv[1:2] == ["--gather"] and len(sys.argv) > 3:
+        try:
+            gather(sys.argv[2], sys.argv[3:])
+        except OSError as error:
+            sys.exit(f"error: {error}")
+    elif len(sys.argv) > 1:
+        sys.exit("expected: --gather CSV RUN ..., or nothing")
     else:
         two_step()
         checkers()
