@@ -367,8 +367,7 @@ class Run:
         """What `rollout` asks for actions; epsilon (B, N), None: greedy."""
         if self.cfg.algo == "heuristic":
             return lambda step, memory: (self.env.heuristic(), None)
-        if self.cfg.algo == "random":
-            epsilon = torch.ones(1, 1, device=self.device)
+        epsilon = torch.ones(1, 1, device=self.device) if self.cfg.algo == "random" else epsilon
         agent, generator = self.team.agent, self.generators["explore"]
         return lambda step, memory: act(agent, step.obs, step.avail, memory, epsilon, generator)
 
@@ -471,14 +470,16 @@ def average_over_ranks(tensors: list[Tensor], steps: Tensor) -> None:
 @contextlib.contextmanager
 def process_group():
     """Join the other ranks, if torchrun has started any."""
-    if RANKS > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+    with contextlib.ExitStack() as at_end:
+        if RANKS > 1:
+            importlib.import_module("torch.distributed.nn")  # subtle: the optimizer, importing it later, would make
+            if torch.cuda.is_available():                    # it hold the group, whose threads abort Python's exit
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            at_end.callback(dist.destroy_process_group)
+        nowhere = at_end.enter_context(open(os.devnull, "w"))
+        at_end.enter_context(contextlib.redirect_stdout(nowhere if RANK else sys.stdout))
         yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 # ------------------------------------------------------------------------------------- memory, environment, evaluation
 def allocate(capacity: int, device: torch.device, layout: dict) -> dict[str, Tensor]:
@@ -512,10 +513,9 @@ COLUMNS = ("env_steps", "episodes", "updates", "seconds", "epsilon", "train_retu
            "test_win_rate", "loss", "grad_norm", "q_taken", "target", "dead_allies", "dead_enemies", "voided")
 def greedy_episodes(env, choose, n: int) -> dict:
     """What n greedy episodes came to: their mean return, its standard deviation, and what the environment tells."""
-    rounds, found = [], 0
-    while found < n:
+    rounds = []
+    while sum(len(each["length"]) for each in rounds) < n:
         rounds.append(rollout(env, choose)[1])
-        found += len(rounds[-1]["length"])
     facts = {name: torch.cat([each[name].float() for each in rounds])[:n] for name in rounds[0]
              if all(name in each for each in rounds)}  # a game may tell more as time goes on
     mean = {name: values.mean().item() for name, values in facts.items()}
