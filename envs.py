@@ -976,15 +976,15 @@ def make(name, n_envs=32, device="cpu", seed=0, arguments=None, timeout=120.0, r
 def record(env, choose, path, fps=6):
     """Draws one episode of environment 0 into a GIF, written whole or not at all.
     choose(step, memory) -> actions (B, N), memory: the policy; its memory is None at the start."""
+    path = Path(path)
     if path.suffix != ".gif" or not path.absolute().parent.is_dir():
         raise UsageError(f"--record must name a .gif file in a folder that exists, not {str(path)!r}")
     if not hasattr(env, "draw"):
         raise UsageError("--record: this environment cannot be drawn")
     from matplotlib.animation import PillowWriter
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4))
-    axes, writer, temporary = figure.subplots(), PillowWriter(fps=fps), path.with_name(path.stem + ".tmp.gif")
-    writer.setup(figure, temporary, dpi=90)
+    axes, writer, temporary = Figure(figsize=(6, 4)).subplots(), PillowWriter(fps=fps), path.with_suffix(".tmp.gif")
+    writer.setup(axes.figure, temporary, dpi=90)
     step, memory, score = env.reset(), None, 0.0
     for t in range(env.episode_limit + 1):
         axes.clear()

@@ -1061,7 +1061,7 @@ def test_drawings_and_records_of_whole_episodes(tmp_path):
         assert asked == [None, 1, 2, 3] and image.open(path).n_frames >= 5
     axes, kept = pytest.importorskip("matplotlib.figure").Figure().subplots(1, 2), path.read_bytes()
     with pytest.raises(AssertionError):
-        envs.record(env, choose, path)
+        envs.record(env, choose, str(path))
     assert path.read_bytes() == kept and [file.name for file in tmp_path.iterdir()] == ["demo.gif"]
     for file, words in (("demo.gif", "this environment cannot be drawn"), ("demo.png", "must name a .gif file in a "),
                         ("nowhere/demo.gif", "must name a .gif file in a folder that exists, not ")):
