@@ -63,12 +63,12 @@ class Config:
     env: str = "checkers"  # two-step, checkers, checkers-v1 .. -v3, skirmish:MAP, smac:MAP, ma_gym:ID, or module:Class
     env_args: tuple[str, ...] = ()  # key=value ...: arguments of a smac, ma_gym or own environment, as in difficulty=7
     env_timeout: Positive = 120.0  # seconds a smac, ma_gym or own environment may take for a step or reset; then: hung
-    algo: Algo = "qmix"  # iql (Tan 1993), vdn (Sunehag 2017), qmix; ablations -s, -lin, -ns; not learned: the last two
+    algo: Algo = "qmix"  # iql (Tan 1993), vdn (Sunehag 2017), qmix, its ablations; random and heuristic learn nothing
     seed: Annotated[int, (0, 2**63 - 1)] = 1  # seeds the weights, the environments, exploration and sampling
     total_steps: Count = 2_000_000  # length of the run, environment steps summed over the environments (SMAC)
     num_envs: Size = 8  # environments that play side by side (authors: 1, or 8 processes)
     device: str = "auto"  # auto, cpu or cuda: where networks, replay and batched environments live
-    threads: Annotated[int, (0, 4096)] = 0  # CPU threads; 0: as many as torch takes by itself
+    threads: Annotated[int, (0, 4096)] = 0  # CPU threads; 0: leave torch's number as it is
     compile: bool = False  # torch.compile the step of a built-in environment: half a minute first, then it is faster
     out: str = ""  # run directory; empty: a new one under runs/
     gamma: Share = 0.99  # discount per step (authors)
@@ -77,7 +77,7 @@ class Config:
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # alpha 0.99, eps 1e-5 (authors); torch's defaults (PyMARL2)
     batch_size: Size = 32  # whole episodes per update (authors)
     buffer_size: Count = 5000  # episodes kept for replay (authors)
-    save_replay: bool = True  # keep the replay in the checkpoint; without it a resumed run starts with an empty one
+    save_replay: bool = True  # in the checkpoint, or a resumed run starts with an empty one; saving copies it in memory
     checkpoint_seconds: Annotated[float, (0.0, 1e9)] = 5.0  # least seconds between checkpoints; costly ones: more
     episodes_per_update: Positive = 1.0  # new episodes per gradient step, however many environments play (authors)
     target_update_episodes: Count = 200  # new episodes between copies of the networks into their targets (authors)
@@ -116,7 +116,7 @@ class Agent(nn.Module):
 
         obs (B, T, N, O) float32; last_actions (B, T, N) int64, -1 where there is none yet; hidden (1, B*N, H) is what
         an earlier call returned, None (zeros) at the start of an episode. agents: whose rows these are, unless all N
-        are there. running: how many episodes are not over at step t; the others' q may be left out, as zeros.
+        are there. running: the episodes, longest first, that are not over at step t; the others' q may be zeros.
         """
         B, T, N, _ = obs.shape
         last = F.one_hot(last_actions + 1, self.n_actions + 1)[..., 1:]  # (B, T, N, A), zeros for -1
@@ -271,7 +271,7 @@ def rollout(env, choose) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 # ------------------------------------------------------------------------------------------------------------ the loss
 def td_targets(reward: Tensor, terminated: Tensor, filled: Tensor, v_next: Tensor, gamma: float, lam: float) -> Tensor:
-    """y_t = r_t + gamma * ((1 - lam) * v_{t+1} + lam * y_{t+1}), cut where the episode ends; all (B, T, .) float.
+    """y_t = r_t + gamma * ((1 - lam) * v_{t+1} + lam * y_{t+1}), y_t = r_t where terminated; all (B, T, .) float.
 
     v_next[:, t] values what follows step t. lam = 0 is Eq. 6's one-step target, lam > 0 Peng's Q(lambda)."""
     if lam == 0:
@@ -293,7 +293,7 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     reward, terminated, filled = (batch[k].to(obs.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
     numbers = torch.arange(1, len(filled) + 1, device=filled.device)[:, None]  # (B, 1)
-    running = (F.pad(batch["filled"], (1, 0), value=True) * numbers).amax(0).tolist()  # up to the last one not over
+    running = (F.pad(batch["filled"], (1, 0), value=True) * numbers).amax(0).tolist()  # row of the last one not over
 
     q, _ = team.agent(obs, last_actions, running=running)  # (B, T+1, N, A)
     q_taken = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
@@ -337,7 +337,7 @@ class Run:
 
     def __init__(self, cfg: Config):
         self.cfg, self.learns = cfg, cfg.algo in MIXERS
-        seeds = np.random.SeedSequence((cfg.seed, RANK)).generate_state(3, np.uint64)  # one for all: the same numbers
+        seeds = np.random.SeedSequence((cfg.seed, RANK)).generate_state(3, np.uint64)  # with one, equal numbers
         env_seed, explore, sample = map(int, seeds)
         self.env = make_env(cfg, cfg.num_envs, cfg.device, env_seed)
         self.device = self.env.device
@@ -407,8 +407,8 @@ class Run:
 
     def update_target(self) -> None:
         """After each update: a small step, or a copy if another target_update_episodes have been learned from."""
-        each = self.cfg.episodes_per_update
-        copy_due = self.counts["updates"] * each % self.cfg.target_update_episodes < each
+        each, n, updates = self.cfg.episodes_per_update, self.cfg.target_update_episodes, self.counts["updates"]
+        copy_due = updates * each // n > (updates - 1) * each // n  # another n episodes are full
         if tau := self.cfg.target_tau or float(copy_due):  # a step of 1 is a copy
             for target, live in zip(self.target_team.parameters(), self.team.parameters()):
                 target.lerp_(live.detach(), tau)
@@ -472,13 +472,12 @@ def process_group():
     """Join the other ranks, if torchrun has started any."""
     with contextlib.ExitStack() as at_end:
         if RANKS > 1:
-            importlib.import_module("torch.distributed.nn")  # subtle: the optimizer, importing it later, would make
-            if torch.cuda.is_available():                    # it hold the group, whose threads abort Python's exit
+            importlib.import_module("torch.distributed.nn")  # subtle: imported later, by the optimizer, it keeps the
+            if torch.cuda.is_available():                    # group for ever, whose threads then abort Python's exit
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
             at_end.callback(dist.destroy_process_group)
-        nowhere = at_end.enter_context(open(os.devnull, "w"))
-        at_end.enter_context(contextlib.redirect_stdout(nowhere if RANK else sys.stdout))
+        at_end.enter_context(contextlib.redirect_stdout(None if RANK else sys.stdout))  # None: print does nothing
         yield
 
 # ------------------------------------------------------------------------------------- memory, environment, evaluation
@@ -486,10 +485,11 @@ def allocate(capacity: int, device: torch.device, layout: dict) -> dict[str, Ten
     """Zeros (capacity, ...) for each name's (shape, dtype). Raises UsageError where memory does not suffice."""
     needed = capacity * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
     print(f"replay: {capacity} episodes, {needed / 2**20:,.1f} MiB on {device}")
-    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    there = math.inf
     with contextlib.suppress(AttributeError, OSError, ValueError):  # Windows; no cgroup; a cgroup without a limit
-        there = min(there, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's
+    there = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else there
     try:
         if needed > there:
             raise MemoryError(f"there are {there / 2**30:,.1f}")
@@ -749,7 +749,7 @@ PRESETS = {
                      lr=2e-3, lr_anneal=True, td_lambda=0.5, reward_scale=0.1, target_tau=0.1,
                      epsilon_anneal_steps=600_000, epsilon_spread=0.5, test_episodes=1, test_interval_steps=20_000,
                      threads=1),
-    # Minutes instead of hours: Adam, Q(lambda), a soon following target, a replay without the first, random battles
+    # Minutes instead of hours: Adam, Q(lambda), a target that follows soon, a replay that drops the first battles
     "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
                      lr_anneal=True, td_lambda=0.6, target_tau=0.05, buffer_size=1000, test_episodes=64,
                      test_interval_steps=20_000, threads=1),
@@ -761,7 +761,7 @@ def settle(given: dict) -> dict:
     values = {field.name: field.default for field in dataclasses.fields(Config)}
     if unknown := given.keys() - values.keys():
         raise UsageError(f"unknown setting {', '.join(sorted(unknown))}; known: {', '.join(values)}")
-    kind = str(given.get("env", values["env"])).split(":")[0]
+    kind = str(given.get("env", values["env"])).replace("skirmish:", "skirmish-v")  # a map is a variant, as -v1 is
     values |= next((p for name, p in PRESETS.items() if kind == name or kind.startswith(f"{name}-v")), {}) | given
     values["env_args"] = tuple(f"{key}={value}" for key, value in envs.pairs(values["env_args"]))
     for name, hint in get_type_hints(Config, include_extras=True).items():
@@ -813,8 +813,8 @@ def parse(arguments: list[str]) -> Command:
     changed = [name for name, value in vars(command.config).items() if value != saved[name] and name not in can]
     if changed:
         raise UsageError(f"--{changed[0]} cannot be changed here; what can: {', '.join(can)}".replace("_", "-"))
-    if command.evaluate and command.resume or command.record and not command.evaluate:
-        raise UsageError("--evaluate and --resume exclude each other, and --record goes with --evaluate")
+    if command.evaluate and command.resume or (command.record or command.episodes != 32) and not command.evaluate:
+        raise UsageError("--evaluate and --resume exclude each other, and --record and --episodes go with --evaluate")
     return command
 
 def main(arguments: list[str]) -> int:
@@ -832,8 +832,8 @@ def main(arguments: list[str]) -> int:
         if command.evaluate:
             print("result: " + json.dumps(evaluate(command.evaluate, command.episodes, command.record, command.config)))
             return 0
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), ask)
+        for number in {getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)}:
+            signal.signal(number, ask if signal.getsignal(number) != signal.SIG_IGN else signal.SIG_IGN)  # nohup's
         with process_group():
             if facts := train(command.config, bool(command.resume), lambda: asked):
                 print("result: " + json.dumps(facts), flush=True)

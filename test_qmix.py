@@ -361,6 +361,17 @@ def test_replay_that_cannot_fit_is_refused(monkeypatch, capsys, lack, capacity):
     size = capacity * (7 * (8 * 4 + 6) + 6 * (2 + 4 + 1 + 1)) / 2**20  # 7 rows of 8 floats and 6 bools, 6 of the rest
     assert f" {size:,.1f} MiB" in capsys.readouterr().out and "\n" not in str(caught.value)
 
+def test_replay_on_a_gpu_may_be_larger_than_the_machine(monkeypatch):
+    """Catches: the host's limit taken for the GPU's."""
+    monkeypatch.setattr(Path, "read_text", lambda path: "1000")
+    monkeypatch.setattr(torch, "zeros", Mock(return_value="there"))
+    allocate = lambda: qmix.allocate(100, torch.device("cuda"), {"obs": ((25,), torch.float32)})  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 0))
+    assert allocate() == {"obs": "there"}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9_999, 0))
+    with pytest.raises(UsageError, match="--buffer-size"):
+        allocate()
+
 def test_actions_are_what_the_network_says_of_each_agents_history(tmp_path):
     """Catches: memory reset at each step or kept over episodes, in training or in evaluation; a last action that is
     never told, or is 0 instead of none at the first step; one agent's history shown to another."""
@@ -390,10 +401,12 @@ def flags(cfg):
     return [part for name, value in vars(cfg).items() if value != () for part in (
         f"--{'no-' if value is False else ''}{name.replace('_', '-')}", *[str(value)] * (not isinstance(value, bool)))]
 
-def main(*arguments):
-    """qmix.main's exit code, whichever way it leaves; the handlers of signals are put back."""
+def main(*arguments, ignored=()):
+    """qmix.main's exit code, whichever way it leaves; the handlers of signals are put back. ignored: as by nohup."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
         return qmix.main([str(argument) for argument in arguments])
     except SystemExit as leaving:
         return leaving.code
@@ -402,7 +415,8 @@ def main(*arguments):
             signal.signal(number, handler)
 
 def start(*arguments, script=HERE / "qmix.py", **more):
-    more = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE) | more
+    usual = lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]  # noqa: E731
+    more = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, preexec_fn=usual) | more
     return subprocess.Popen([sys.executable, *map(str, (script, *arguments))], **more)
 
 def saved(out, name="checkpoint.pt"):
@@ -484,6 +498,12 @@ def test_a_signal_asks_for_a_checkpoint_and_repeats_belong_to_it(tmp_path, monke
     cfg = tiny(tmp_path, total_steps=1000, checkpoint_seconds=1e6)
     assert main(*flags(cfg)) == code and saved(cfg.out)["counts"]["env_steps"] == env_steps
 
+def test_what_is_ignored_from_the_start_stays_so(monkeypatch, capsys):
+    """Catches: a run under nohup that ends when its terminal is closed."""
+    monkeypatch.setattr(qmix, "train", lambda cfg, resume, stop: signal.raise_signal(signal.SIGHUP) or 1 - len(stop()))
+    codes = [main("--env", "two-step", ignored=ignored) for ignored in ([signal.SIGHUP], [signal.SIGINT])]
+    assert codes == [0, 129] and "result: 1" in capsys.readouterr().out
+
 @pytest.mark.parametrize("algo", LEARNERS)
 def test_everything_moves_and_targets_follow_on_the_count(tmp_path, algo):
     """Catches: mixer parameters missing from the optimiser, a target copied always, never or on the wrong episodes, a
@@ -515,6 +535,17 @@ def test_everything_moves_and_targets_follow_on_the_count(tmp_path, algo):
         real()
         torch.testing.assert_close(vector(run.target_team), 0.75 * old + 0.25 * live)
         assert torch.equal(vector(run.team), live) and not torch.allclose(old, live)
+
+def test_copies_keep_their_distance():
+    """Catches: a fraction of an episode per update whose rounding copies twice in a row, or not at all."""
+    run = Mock(cfg=SimpleNamespace(episodes_per_update=0.3, target_update_episodes=200, target_tau=0.0))
+    run.team.parameters.return_value = run.target_team.parameters.return_value = [parameter := Mock()]
+    copied = []
+    for run.counts in ({"updates": n} for n in range(1, 20_001)):
+        qmix.Run.update_target(run)
+        copied += [run.counts["updates"]] * parameter.lerp_.call_count
+        parameter.reset_mock()
+    assert len(copied) == 30 and set(np.diff(copied)) <= {666, 667}, copied
 
 def test_evaluation_is_greedy_as_long_as_asked_and_leaves_the_training_as_it_was(tmp_path):
     """Catches: an evaluation that explores, test episodes in the replay or among the counters, generators moved on,
@@ -685,7 +716,8 @@ def trained(tmp_path_factory):
     ("--num-envs 5000", "buffer-size"), ("--buffer-size 100000000", "GiB"), ("--device cuda:77", "cuda"),
     ("--device tpu", "tpu"), ("--algo heuristic", "heuristic"), ("--double-q False", "False"),
     ("--resume /nowhere", "/nowhere"), ("--evaluate /nowhere", "/nowhere"), ("--out /dev/null/x", "null"),
-    ("--record x.gif", "--evaluate"), ("--resume {run} --evaluate {run}", "exclude"), ("--resume {run} --lr 1", "lr"),
+    ("--record x.gif", "--evaluate"), ("--episodes 5", "--evaluate"),
+    ("--resume {run} --evaluate {run}", "exclude"), ("--resume {run} --lr 1", "lr"),
     ("--evaluate {run} --episodes 0", "episodes"), ("--evaluate {run} --record x.mp4", ".gif"),
     ("--evaluate {run} --env two-step", "shape"), ("--evaluate {run} --lr 1", "lr"),
     ("--out {run}", "already holds a run"), ("--env-args a=1 --env-args a=2", "each key once")])
@@ -720,7 +752,7 @@ def test_what_is_given_beats_presets_and_arguments_add_up(trained, tmp_path, cap
     assert qmix.Config(env="checkers", lr=5e-4).lr == qmix.Config(env="smac:3m").lr == 5e-4
     assert qmix.Config(env="skirmish:3m").td_lambda == qmix.PRESETS["skirmish"]["td_lambda"]
     assert qmix.parse(["--env=two-step", "--mixing-dim", "9"]).config == qmix.Config(env="two-step", mixing_dim=9)
-    assert qmix.Config(env="checkers_mine:Game").lr == qmix.Config(env="skirmisher:Game").lr == 5e-4
+    assert {qmix.Config(env=f"{name}:Game").lr for name in ("checkers_mine", "checkers", "skirmisher")} == {5e-4}
     for env, steps in (("two-step", 10_000), ("smac:3m", 2_000_000)):
         assert not main("--env", env, "--help")
         assert f"(default: {steps})" in " ".join(capsys.readouterr().out.replace("│", " ").split())
