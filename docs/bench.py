@@ -32,14 +32,15 @@ sys.path.insert(0, str(HERE.parent))
 import qmix  # noqa: E402
 
 HEADS = {
-    "learner": "One learner update, 32 episodes. Usual: inputs built, GRUCell and the layers around it called at each "
-               "time step, mixer over the episodes, as in PyMARL, with the same weights (the losses agree: it is "
-               "asserted). Last column: the time of the update's matrix products alone over the whole.",
+    "learner": "One learner update, 32 episodes. Usual, as in PyMARL: at each time step the inputs are built and a "
+               "GRUCell with the layers around it is called; then the mixer runs over whole episodes. Same weights "
+               "(that the losses agree is asserted). Last column: the time of the update's matrix products alone over "
+               "the whole.",
     "environments": "`step` alone, random available actions.",
     "runs": "Whole runs, and two processes against one on an environment that computes for 4 ms per step.",
     "result": "Whole runs of `qmix.py`. CPU seconds are the processor's, start and evaluations included, up to the "
-              "moment in which the evaluation that reached the goal is told: other work on the machine hardly counts "
-              "in them, as it would by a clock. On Checkers all later evaluations must reach the goal too.",
+              "moment in which the evaluation that reached the goal is told: unlike clock time they hardly depend on "
+              "other work on the machine. On Checkers all later evaluations must reach the goal too.",
 }
 GOALS = {  # column, what it must reach, and whether every later evaluation must too
     "checkers": ("test_return", 83.4, True), "skirmish:3m": ("test_win_rate", 0.9, False),
@@ -151,7 +152,7 @@ def compare_learners(sizes: dict, device: torch.device, share: float) -> dict[st
 
 
 def learner(device: torch.device) -> Iterator[str]:
-    yield "| shapes | episodes | one update | ms | times the usual way | matrix products' share |"
+    yield "| shapes | episodes | one update | ms | speed (usual = 1) | matrix products' share |"
     yield "|---|---|---|--:|--:|--:|"
     for (name, sizes), share in itertools.product(SHAPES.items(), (1.0, 0.36)):
         found = compare_learners(sizes, device, share)

@@ -1,6 +1,6 @@
 """The paper's two-step game (section 5): six algorithms, their tables of Q_tot beside the paper's, their losses.
 
-    python docs/two_step.py            # about half a minute on two cores; writes docs/two_step.csv
+    python docs/two_step.py            # under a minute on two cores; writes docs/two_step.csv
 """
 
 import contextlib
