@@ -77,7 +77,7 @@ class Config:
     optimizer: Literal["rmsprop", "adam"] = "rmsprop"  # alpha 0.99, eps 1e-5 (authors); torch's defaults (PyMARL2)
     batch_size: Size = 32  # whole episodes per update (authors)
     buffer_size: Count = 5000  # episodes kept for replay (authors)
-    save_replay: bool = True  # in the checkpoint, or a resumed run starts with an empty one; saving copies it in memory
+    save_replay: bool = True  # keep the replay in the checkpoint (copied in memory then); else a resumed run has none
     checkpoint_seconds: Annotated[float, (0.0, 1e9)] = 5.0  # least seconds between checkpoints; costly ones: more
     episodes_per_update: Positive = 1.0  # new episodes per gradient step, however many environments play (authors)
     target_update_episodes: Count = 200  # new episodes between copies of the networks into their targets (authors)
@@ -116,7 +116,7 @@ class Agent(nn.Module):
 
         obs (B, T, N, O) float32; last_actions (B, T, N) int64, -1 where there is none yet; hidden (1, B*N, H) is what
         an earlier call returned, None (zeros) at the start of an episode. agents: whose rows these are, unless all N
-        are there. running: the episodes, longest first, that are not over at step t; the others' q may be zeros.
+        are there. running: how many episodes, longest first, are not over at step t; the others' q may be zeros.
         """
         B, T, N, _ = obs.shape
         last = F.one_hot(last_actions + 1, self.n_actions + 1)[..., 1:]  # (B, T, N, A), zeros for -1
@@ -469,14 +469,14 @@ def average_over_ranks(tensors: list[Tensor], steps: Tensor) -> None:
 
 @contextlib.contextmanager
 def process_group():
-    """Join the other ranks, if torchrun has started any."""
+    """Join the other ranks, if torchrun has started any. After a failure NCCL would wait for them: it is left alone."""
     with contextlib.ExitStack() as at_end:
         if RANKS > 1:
             importlib.import_module("torch.distributed.nn")  # subtle: imported later, by the optimizer, it keeps the
             if torch.cuda.is_available():                    # group for ever, whose threads then abort Python's exit
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-            at_end.callback(dist.destroy_process_group)
+            at_end.push(lambda error, *_: None if error and torch.cuda.is_available() else dist.destroy_process_group())
         at_end.enter_context(contextlib.redirect_stdout(None if RANK else sys.stdout))  # None: print does nothing
         yield
 
