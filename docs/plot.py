@@ -36,7 +36,7 @@ COLORS = {"iql": "#7f7f7f", "vdn": "#1f77b4", "qmix": "#d62728", "vdn-s": "#17be
 KEYS = ("env", "algo", "seed", "flags")
 KEEP = ("env_steps", "episodes", "updates", "seconds", "train_return", "test_return", "test_win_rate", "loss",
         "absolute")
-MAPS = ("3m", "2s3z", "3s5z")  # of the paper's figure 3, those that have been run
+MAPS = ("3m", "2s3z", "3s5z", "1c3s5z")  # of the paper's figure 3, those that have been run
 COMPARED = ("iql", "vdn", "qmix")
 AGAIN = 320  # episodes of the absolute metric: ten times SMAC's evaluation of 32
 
@@ -195,9 +195,10 @@ def heuristic() -> dict[str, float]:
 
 def skirmish(name: str, data: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
     """The paper's figures 3 and 4."""
-    runs, rows = read(data), -(-len(maps) // 3)
-    figure, panels = pyplot.subplots(rows, 3, figsize=(12, 3.3 * rows), layout="constrained", squeeze=False,
-                                     sharey=True)
+    runs, columns = read(data), {1: 1, 4: 2}.get(len(maps), 3)
+    rows = -(-len(maps) // columns)
+    figure, panels = pyplot.subplots(rows, columns, figsize=(4.5 * columns, 3.3 * rows), layout="constrained",
+                                     squeeze=False, sharey=True)
     for axes, map_name in zip(panels.flat, maps):
         env = f"skirmish:{map_name}"
         bands(axes, {key: run for key, run in runs.items() if key[0] == env and key[1] in algos}, "test_win_rate")
