@@ -36,8 +36,8 @@ COLORS = {"iql": "#7f7f7f", "vdn": "#1f77b4", "qmix": "#d62728", "vdn-s": "#17be
 KEYS = ("env", "algo", "seed", "flags")
 KEEP = ("env_steps", "episodes", "updates", "seconds", "train_return", "test_return", "test_win_rate", "loss",
         "absolute")
-MAPS = ("3m", "2s3z", "3s5z", "1c3s5z")  # of the paper's figure 3, those that have been run
-COMPARED = ("iql", "vdn", "qmix")
+MAPS = ("3m", "5m", "8m", "2s3z", "3s5z", "1c3s5z")  # the paper's figure 3
+COMPARED = ("coma", "iql", "vdn", "qmix")
 AGAIN = 320  # episodes of the absolute metric: ten times SMAC's evaluation of 32
 
 
@@ -193,12 +193,11 @@ def heuristic() -> dict[str, float]:
         return {row["map"]: float(row["won"]) for row in csv.DictReader(file) if row["policy"] == "heuristic"}
 
 
-def skirmish(name: str, data: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
+def skirmish(name: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
     """The paper's figures 3 and 4."""
-    runs, columns = read(data), {1: 1, 4: 2}.get(len(maps), 3)
-    rows = -(-len(maps) // columns)
-    figure, panels = pyplot.subplots(rows, columns, figsize=(4.5 * columns, 3.3 * rows), layout="constrained",
-                                     squeeze=False, sharey=True)
+    runs, rows = read("skirmish.csv"), len(maps) // 3
+    figure, panels = pyplot.subplots(rows, 3, figsize=(13.5, 3.3 * rows), layout="constrained", squeeze=False,
+                                     sharey=True)
     for axes, map_name in zip(panels.flat, maps):
         env = f"skirmish:{map_name}"
         bands(axes, {key: run for key, run in runs.items() if key[0] == env and key[1] in algos}, "test_win_rate")
@@ -207,8 +206,6 @@ def skirmish(name: str, data: str, algos: tuple[str, ...], maps: tuple[str, ...]
         axes.legend(fontsize=8, loc="best")
     for axes in panels[:, 0]:
         axes.set(ylabel="greedy win rate")
-    for axes in panels.flat[len(maps):]:
-        axes.set_axis_off()
     figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
@@ -218,9 +215,9 @@ def readme() -> list[str]:
     lines = [f"| {algo} | {line['end']} | {line['from ... to']} | {line['seeds']} |"
              for (_, algo, changed), line in returns.items() if not changed]
     for map_name in MAPS:
-        cells = [wins[(f"skirmish:{map_name}", algo, "")] for algo in COMPARED]
-        numbers = " | ".join(cell["absolute metric"] for cell in cells)
-        counts = ", ".join(cell["number"] for cell in cells)
+        cells = [wins.get((f"skirmish:{map_name}", algo, ""), {}) for algo in COMPARED]
+        numbers = " | ".join(cell.get("absolute metric", "not run") for cell in cells)
+        counts = ", ".join(cell["number"] for cell in cells if cell)
         lines.append(f"| {map_name} | {numbers} | {heuristic()[map_name]:.0f} | {counts} |")
     return lines
 
@@ -236,8 +233,8 @@ if __name__ == "__main__":
     else:
         two_step()
         checkers()
-        skirmish("skirmish", "skirmish.csv", COMPARED, MAPS)
-        skirmish("ablations", "skirmish_earlier.csv", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"), ("3s5z",))
+        skirmish("skirmish", COMPARED, MAPS)
+        skirmish("ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"), ("3m", "2s3z", "3s5z"))
         print("README.md:", *readme(), sep="\n")
         for name in ("checkers.csv", "skirmish.csv"):
             for i, (key, line) in enumerate(table(name).items()):
