@@ -1,5 +1,5 @@
-"""Draws the figures in docs/ from the CSVs in docs/, prints the tables of README.md from them, and gathers those CSVs
-from run directories.
+"""Draws the figures in docs/ from the CSVs in docs/, prints README.md's and results.md's tables of them, and gathers
+those CSVs from run directories.
 
     python docs/plot.py                                            # make plot
     python docs/plot.py --gather docs/checkers.csv runs/a runs/b   # adds metrics.csv of each run, and how it was made
@@ -38,6 +38,10 @@ KEEP = ("env_steps", "episodes", "updates", "seconds", "train_return", "test_ret
         "absolute")
 MAPS = ("3m", "5m", "8m", "2s3z", "3s5z", "1c3s5z")  # the paper's figure 3
 COMPARED = ("coma", "iql", "vdn", "qmix")
+ABLATIONS = ("qmix", "vdn-s", "qmix-lin", "qmix-ns")  # its figure 4, on three of the maps
+# Where the paper's curves end on MAPS: greedy win rate in per cent, read off the authors' plots (+-1)
+PAPER = {"iql": (58, 76, 65, 29, 4, 1), "vdn": (64, 84, 90, 76, 23, 27), "qmix": (92, 97, 92, 95, 76, 69),
+         "vdn-s": (95, 94, 95, 87, 54, 60), "qmix-lin": (89, 93, 95, 81, 54, 57), "qmix-ns": (82, 82, 80, 70, 30, 32)}
 AGAIN = 320  # episodes of the absolute metric: ten times SMAC's evaluation of 32
 
 
@@ -209,6 +213,20 @@ def skirmish(name: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
     figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
+def results() -> list[str]:
+    """The rows of docs/results.md's tables of skirmish, by the preset alone."""
+    wins, columns = table("skirmish.csv"), ("seeds", "end", "from ... to", "absolute metric", "seconds")
+    lines = [f"| {map_name} | {algo} | {' | '.join(line[column] for column in columns)} |"
+             for map_name, algo in product(MAPS, dict.fromkeys(COMPARED + ABLATIONS))
+             if (line := wins.get((f"skirmish:{map_name}", algo, "")))]
+    for algos, maps in ((COMPARED[1:], MAPS), (ABLATIONS, ("3m", "2s3z", "3s5z"))):
+        for map_name in maps:
+            cells = [f"{wins[f'skirmish:{map_name}', algo, '']['end']} ({PAPER[algo][MAPS.index(map_name)]})"
+                     for algo in algos]
+            lines.append(f"| {map_name} | {' | '.join(cells)} |")
+    return lines
+
+
 def readme() -> list[str]:
     """The rows of README.md's tables, by the preset alone."""
     returns, wins = table("checkers.csv"), table("skirmish.csv")
@@ -234,8 +252,8 @@ if __name__ == "__main__":
         two_step()
         checkers()
         skirmish("skirmish", COMPARED, MAPS)
-        skirmish("ablations", ("qmix", "vdn-s", "qmix-lin", "qmix-ns"), ("3m", "2s3z", "3s5z"))
-        print("README.md:", *readme(), sep="\n")
+        skirmish("ablations", ABLATIONS, ("3m", "2s3z", "3s5z"))
+        print("README.md:", *readme(), "", "docs/results.md:", *results(), sep="\n")
         for name in ("checkers.csv", "skirmish.csv"):
             for i, (key, line) in enumerate(table(name).items()):
                 if i == 0:

@@ -76,13 +76,14 @@ def test_gathered_runs_are_kept_apart(tmp_path):
         plot.gather(tmp_path / "all.csv", [folders[0]])
     assert (tmp_path / "all.csv").read_text() == before
 
-def test_readme_has_the_results_of_the_csvs():
-    """Catches: figures drawn again from new runs, and README's tables left as they were; an algorithm or map left out;
-    an interval that is not the bootstrap's of the interquartile mean."""
+def test_texts_have_the_results_of_the_csvs():
+    """Catches: figures drawn again from new runs, and README's or results.md's tables left as they were; an algorithm
+    or map left out; an interval that is not the bootstrap's of the interquartile mean."""
     pytest.importorskip("matplotlib")
     plot, text = load_script("plot"), (HERE / "README.md").read_text()
-    lines = plot.readme()
+    lines, more = plot.readme(), (HERE / "docs" / "results.md").read_text()
     assert len(lines) == len(LEARNERS) + len(plot.MAPS) and all(f"\n{line}\n" in text for line in lines)
+    assert all(f"\n{line}\n" in more for line in plot.results()) and more.count("\n| 1c3s5z | qmix | ") == 1
     values = [90.0, 10, 20, 30, 40]
     draws = np.sort(np.random.default_rng(7).choice(values, (20_000, 5)), axis=1)[:, 1:-1].mean(1)  # without a quarter
     low, high = plot.interval(np.array(values))  # at each end, rounded down
