@@ -58,7 +58,7 @@ Positive = Annotated[float, (1e-9, 1e9)]
 @dataclasses.dataclass(init=False)
 class Config:
     """Every number of a run: what is given, as in `Config(env="checkers", lr=0.1)`, else the environment's preset, else
-    the default below; "(authors)": the paper's and PyMARL's. Raises UsageError: a Config that exists is valid."""
+    the default below; "(authors)": the paper's and PyMARL's. Raises UsageError for what does not fit."""
 
     env: str = "checkers"  # two-step, checkers, checkers-v1 .. -v3, skirmish:MAP, smac:MAP, ma_gym:ID, or module:Class
     env_args: tuple[str, ...] = ()  # key=value ...: arguments of a smac, ma_gym or own environment, as in difficulty=7
@@ -85,7 +85,7 @@ class Config:
     epsilon_start: Share = 1.0  # share of random actions at the start (authors)
     epsilon_finish: Share = 0.05  # share of random actions after epsilon_anneal_steps (authors)
     epsilon_anneal_steps: Count = 50_000  # environment steps over which epsilon falls linearly (authors)
-    epsilon_spread: Share = 0.0  # above 0: each agent draws its own per episode, log-uniform, finish to this (Ape-X)
+    epsilon_spread: Share = 0.0  # above 0: an agent's share is at least its episode's draw, log-uniform, finish to this
     double_q: bool = True  # live network chooses the next action, target values it (authors); off: plain max, Eq. 6
     td_lambda: Share = 0.0  # 0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)
     reward_scale: Positive = 1.0  # the learner sees the reward times this; all returns shown are the environment's own
@@ -127,7 +127,7 @@ class Agent(nn.Module):
             x = torch.cat([part[t:t + 16, :rows] for part in parts], dim=-1).flatten(1, 2)  # (16, B*N, O+A+N)
             x, hidden = self.gru(F.relu(self.fc1(x)), None if hidden is None else hidden[:, :rows * N])
             q.append(F.pad(self.fc2(x), (0, 0, 0, (B - rows) * N)))  # (16, B*N, A)
-        return torch.cat(q).view(T, B, N, -1).transpose(0, 1), hidden  # (B, T, N, A)
+        return torch.cat(q).view(T, B, N, self.n_actions).transpose(0, 1), hidden  # (B, T, N, A)
 
 def hypernet(state_dim: int, hypernet_dim: int, n_weights: int) -> nn.Module:
     """A network that writes weights of another from the state (Ha et al. 2017). Departure 1: ICML has a single linear
@@ -207,8 +207,7 @@ class Replay:
             actions=((T, N), torch.uint8 if env.n_actions <= 256 else torch.int32),
             reward=((T,), torch.float32),
             terminated=((T,), torch.bool),
-            filled=((T,), torch.bool),
-        ))
+            filled=((T,), torch.bool)))
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -293,7 +292,7 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     reward, terminated, filled = (batch[k].to(obs.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
     numbers = torch.arange(1, len(filled) + 1, device=filled.device)[:, None]  # (B, 1)
-    running = (F.pad(batch["filled"], (1, 0), value=True) * numbers).amax(0).tolist()  # row of the last one not over
+    running = (F.pad(batch["filled"], (1, 0), value=True) * numbers).amax(0).tolist()  # up to the last not over
 
     q, _ = team.agent(obs, last_actions, running=running)  # (B, T+1, N, A)
     q_taken = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
@@ -337,7 +336,7 @@ class Run:
 
     def __init__(self, cfg: Config):
         self.cfg, self.learns = cfg, cfg.algo in MIXERS
-        seeds = np.random.SeedSequence((cfg.seed, RANK)).generate_state(3, np.uint64)  # with one, equal numbers
+        seeds = np.random.SeedSequence((cfg.seed, RANK)).generate_state(3, np.uint64)  # one seed: equal numbers
         env_seed, explore, sample = map(int, seeds)
         self.env = make_env(cfg, cfg.num_envs, cfg.device, env_seed)
         self.device = self.env.device
@@ -400,7 +399,7 @@ class Run:
             stats.append(gradient_step(self.team, self.target_team, self.optimizer, batch, cfg))
             self.counts["updates"] += 1
             self.update_target()
-        self.stats += torch.stack(stats).tolist() if stats else []  # the round's one wait for the device
+        self.stats += torch.stack(stats).tolist() if stats else []  # read once a round
         if not np.isfinite(self.stats).all():
             raise TrainingFailed(f"the loss or its gradient is not finite before update {self.counts['updates']}; the "
                                  "last checkpoint is kept")
@@ -425,7 +424,7 @@ class Run:
 def train(cfg: Config, resume: bool = False, stop=lambda: False) -> dict | None:
     """Train as `cfg` says, in the run directory cfg.out, and return the facts of the result line. resume: go on with
     the run there, exactly where it stopped. stop: asked once a round; where it says so, a checkpoint is written and
-    None returned. Raises UsageError for what cannot be done, TrainingFailed, and EnvFailure: a game keeps failing."""
+    None returned. Raises UsageError for what cannot be done, TrainingFailed, and EnvFailure: an environment failed."""
     run = Run(cfg)
     with contextlib.ExitStack() as opened:
         opened.callback(run.env.close)
@@ -582,6 +581,8 @@ def checkpoint(run: Run, whole: bool = True) -> dict:
 def restore(run: Run, saved: dict) -> None:
     """Make a new run what the saved one was. What the checkpoint, rank 0's, does not hold starts anew: replay and
     random numbers of other ranks, and a generator from another kind of device, where its state has another size."""
+    if other := {k for k, v in saved["config"].items() if v != vars(run.cfg)[k]} - {"total_steps", "device", "out"}:
+        raise ValueError(f"its run has another {', '.join(sorted(other))}")
     vars(run).update({name: saved[name] for name in PLAIN})
     for name in ("team", "target_team", "optimizer"):
         getattr(run, name).load_state_dict(saved[name])
@@ -621,10 +622,10 @@ class Folder:
         name += f"-{run.cfg.algo}-{run.cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}"
         self.path = Path(run.cfg.out or f"runs/{name}")
         self.run, self.bar, self.board = run, None, None
-        if RANK == 0:
-            self.claim(resume, opened)
         if resume:
             read_checkpoint(self.path, lambda saved: restore(run, saved))
+        if RANK == 0:
+            self.claim(resume, opened)
         self.checkpoint()  # there is one from the start, so that a run can be resumed whenever it is killed
         opened.push(lambda kind, error, _: isinstance(error, (envs.EnvFailure, OSError)) and self.checkpoint())
         if RANK:
@@ -636,7 +637,7 @@ class Folder:
             from torch.utils.tensorboard import SummaryWriter
             self.board = opened.enter_context(SummaryWriter(self.path, purge_step=start))
         except Exception as error:
-            print(f"going on without {'TensorBoard' if self.bar is not None else 'a bar'}: {envs.first_line(error)}")
+            print(f"going on without {'a bar and ' * (self.bar is None)}TensorBoard: {envs.first_line(error)}")
 
     def claim(self, resume: bool, opened: contextlib.ExitStack) -> None:
         """Make and lock the directory, or raise UsageError."""
@@ -723,7 +724,7 @@ def load(path: str) -> Policy:
     return read_checkpoint(Path(path), Policy)
 
 def evaluate(path: str, episodes: int = 32, record_to: str = "", cfg: Config | None = None) -> dict:
-    """Greedy episodes of the decentralised policy alone. cfg: where to play, unless as in training (same sizes)."""
+    """Greedy episodes of the decentralised policy alone. cfg: where to play, if elsewhere than in training."""
     if episodes < 1:
         raise UsageError(f"--episodes must be at least 1, not {episodes}")
     policy = load(path)
@@ -752,8 +753,7 @@ PRESETS = {
     # Minutes instead of hours: Adam, Q(lambda), a target that follows soon, a replay that drops the first battles
     "skirmish": dict(total_steps=300_000, num_envs=64, episodes_per_update=4.0, optimizer="adam", lr=1e-3,
                      lr_anneal=True, td_lambda=0.6, target_tau=0.05, buffer_size=1000, test_episodes=64,
-                     test_interval_steps=20_000, threads=1),
-}
+                     test_interval_steps=20_000, threads=1)}
 
 def settle(given: dict) -> dict:
     """All settings of a Config: the defaults, then the environment's preset, then what is given; checked, with NumPy's
@@ -838,7 +838,7 @@ def main(arguments: list[str]) -> int:
             if facts := train(command.config, bool(command.resume), lambda: asked):
                 print("result: " + json.dumps(facts), flush=True)
         return 0 if facts else 128 + (asked[0][0] if asked else signal.SIGTERM)  # another rank was asked
-    except (UsageError, ImportError, TrainingFailed, envs.EnvFailure, OSError) as error:
+    except (UsageError, ImportError, TrainingFailed, envs.EnvFailure, torch.OutOfMemoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         if isinstance(error, BrokenPipeError):  # nobody reads on; Python would fail on that once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

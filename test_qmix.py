@@ -448,7 +448,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers(tmp_path):
 @pytest.mark.parametrize("given", [dict(total_steps=2400, target_update_episodes=6), dict(
     total_steps=700, env="skirmish:3m", algo="iql", optimizer="adam", target_tau=0.1, epsilon_spread=0.9)])
 def test_a_run_that_stops_after_every_round_equals_one_that_never_stops(tmp_path, given):
-    """Catches: anything that a checkpoint forgets: a generator, a counter, the ring's place, the optimiser, a mean."""
+    """Catches: what a checkpoint forgets: a generator, counter, mean, the ring's place; settings of another run."""
     whole = qmix.train(tiny(tmp_path, "whole", test_interval_steps=500, **given))
     cfg = tiny(tmp_path, test_interval_steps=500, **given)
     for count in range(40):  # bounded: a run whose counters are lost never ends
@@ -456,6 +456,9 @@ def test_a_run_that_stops_after_every_round_equals_one_that_never_stops(tmp_path
             break
     assert count > 3 and facts["updates"] == whole["updates"] > 5
     assert qmix.train(cfg, resume=True) == facts  # nothing is left to do
+    with pytest.raises(qmix.UsageError, match="its run has another algo"):
+        qmix.train(tiny(tmp_path, test_interval_steps=500, **given | dict(algo="vdn")), resume=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["algo"] == cfg.algo
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
     once, often = saved(tmp_path / "whole"), saved(tmp_path / "run")
     assert all(same(once[k], often[k]) for k in set(once) - {"config", "seconds", "rows"})

@@ -67,6 +67,14 @@ class Config:
     test_episodes: int = 64  # episodes per evaluation
     env_timeout, checkpoint_seconds, epsilon_spread, episodes_per_update = 120.0, 5.0, 0.0, 1.0  # qmix.py's, not ours
 
+    def __post_init__(self):
+        """Raises UsageError for what is out of range."""
+        for name, value in vars(self).items():
+            low = 0 if name in ("seed", "threads", "gamma", "td_lambda") else 1 if isinstance(value, int) else 1e-9
+            high = 1 if name in ("gamma", "td_lambda", "epsilon_start", "epsilon_finish") else 1e12
+            if isinstance(value, (int, float)) and name != "compile" and not low <= value <= high:
+                raise qmix.UsageError(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+
 def policy(logits: Tensor, avail: Tensor, epsilon: float) -> Tensor:
     """pi(u | history), (..., A): softmax, mixed with epsilon / |U| (section 5) and masked (departure 2)."""
     pi = ((1 - epsilon) * logits.softmax(-1) + epsilon / logits.shape[-1]) * avail
@@ -158,13 +166,15 @@ class COMA(qmix.Run):
         """One step of the actor or the critic, whose losses do not reach the other. Returns the gradient's norm."""
         self.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), self.cfg.grad_clip, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), self.cfg.grad_clip)
+        if not norm.isfinite():
+            raise qmix.TrainingFailed("the gradient is not finite; the last checkpoint is kept")
         self.optimizer.step()
         return norm
 
 def train(cfg: Config, resume: bool = False) -> dict:
     """COMA: train in the run directory cfg.out and return the facts of the result line. resume: go on with the run
-    there, exactly where it stopped; its flags have to be given again."""
+    there, exactly where it stopped; its flags have to be given again (others: UsageError)."""
     run = COMA(cfg)
     with contextlib.ExitStack() as opened:
         opened.callback(run.env.close)
@@ -184,4 +194,5 @@ if __name__ == "__main__":
     try:
         print("result: " + json.dumps(tyro.cli(train, config=(tyro.conf.OmitArgPrefixes,))))
     except (qmix.UsageError, qmix.TrainingFailed, qmix.envs.EnvFailure) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, qmix.UsageError) else 1)
