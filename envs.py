@@ -45,7 +45,7 @@ class UsageError(ValueError):
     """What was asked for cannot be done. The message is one line: what was expected, what came."""
 
 class EnvFailure(RuntimeError):
-    """An environment keeps failing, so that the run cannot go on."""
+    """An environment failed, so that the run cannot go on."""
 
 class Step(typing.NamedTuple):
     """What reset() and step() return, for all B episodes."""
@@ -487,7 +487,7 @@ class Workers:
 
     def step(self, actions):
         """Play actions (B, N) in the episodes still running -> Step."""
-        self.fresh, actions = False, actions.cpu().numpy()
+        self.fresh, actions = False, actions.cpu().numpy().astype(np.int64).reshape(self.n_envs, self.n_agents)
         self.rows["reward"][~self.running] = 0
         for b, row in self._ask("step", {b: actions[b].tobytes() for b in np.flatnonzero(self.running)}).items():
             self.rows[b] = np.frombuffer(row, self.rows.dtype)[0]
@@ -508,7 +508,7 @@ class Workers:
 
     def draw(self, axes, b=0):
         """Shows what environment b itself renders."""
-        for shape, pixels in self._ask("render", [] if self.void[b] else {b: None}).values():
+        for shape, pixels in self._ask("render", {} if self.void[b] else {b: None}).values():
             axes.imshow(np.frombuffer(pixels, np.uint8).reshape(shape))
         axes.axis("off")
 
@@ -527,28 +527,30 @@ class Workers:
     def _ask(self, command, bodies):
         """One message to each worker b in bodies {b: bytes}, all at work at the same time -> {b: answer}. Where there
         is none, the game has failed: the episode is void, its worker is ended, and the next reset starts another."""
-        for b, body in bodies.items():
-            self._send(b, (command, body))
         deadline, answers = time.monotonic() + self.timeout, {}
-        for b in bodies:
-            which, pipe = f"{self.name}: environment {b} (seed {self.seeds[b]})", self.workers[b].stdout
-            kind, answer = "void", f"no answer to {command} within {self.timeout:g} seconds (--env-timeout)"
-            try:
-                if select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                    kind, answer = pickle.load(pipe)
-            except (EOFError, OSError, pickle.UnpicklingError):
-                answer = f"its process ended in {command}"
-            if kind == "ok":
-                answers[b] = answer
-                continue
-            if kind in ("usage", "error"):
-                raise UsageError(answer) if kind == "usage" else EnvFailure(f"{which} failed in {answer}")
-            self.voided, self.running[b], self.void[b] = self.voided + 1, False, True
-            self.failures[b] += 1
-            if self.failures[b] >= (self.max_failures if self.info else 2):  # what never started is told soon
-                raise EnvFailure(f"{which} failed {self.failures[b]} time(s) in a row, the last time: {answer}")
-            print(f"{which}: episode void, starting it again: {answer}", file=sys.stderr)
-        end_workers(self.workers, bodies.keys() - answers.keys())
+        try:
+            for b, body in bodies.items():
+                self._send(b, (command, body))
+            for b in bodies:
+                which, pipe = f"{self.name}: environment {b} (seed {self.seeds[b]})", self.workers[b].stdout
+                kind, answer = "void", f"no answer to {command} within {self.timeout:g} seconds (--env-timeout)"
+                try:
+                    if select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                        kind, answer = pickle.load(pipe)
+                except (EOFError, OSError, pickle.UnpicklingError):
+                    answer = f"its process ended in {command}"
+                if kind == "ok":
+                    answers[b] = answer
+                    continue
+                if kind in ("usage", "error"):
+                    raise UsageError(answer) if kind == "usage" else EnvFailure(f"{which} failed in {answer}")
+                self.voided, self.failures[b] = self.voided + 1, self.failures[b] + 1
+                if self.failures[b] >= (self.max_failures if self.info else 2):  # what never started is told soon
+                    raise EnvFailure(f"{which} failed {self.failures[b]} time(s) in a row, the last time: {answer}")
+                print(f"{which}: episode void, starting it again: {answer}", file=sys.stderr)
+        finally:
+            self.running[lost := [*bodies.keys() - answers.keys()]], self.void[lost] = False, True
+            end_workers(self.workers, lost)
         return answers
 
 def end_workers(workers, which=None):
@@ -560,9 +562,8 @@ def end_workers(workers, which=None):
     for process in ending:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))
-        with contextlib.suppress(OSError):  # nobody is left
+        with contextlib.suppress(OSError), process:  # nobody is left; `process` closes its pipes
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()  # which closes its pipes
 
 def row_type(info):
     """What a worker answers to reset and step: one NumPy record, sent as its bytes."""
@@ -756,7 +757,7 @@ def single(name, seed, arguments, render=False):
 def pairs(given):
     """--env-args as [(key, text)]: `given` is a dict or an iterable of "key=value"; no key twice."""
     if isinstance(given, dict):
-        given = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+        given = [f"{k}={json.dumps(v) if type(v) in (dict, list, bool, type(None)) else v}" for k, v in given.items()]
     found = [text.partition("=") for text in given if isinstance(text, str)] if not isinstance(given, str) else []
     if len({key for key, equals, _ in found if key and equals}) < len(given):
         raise UsageError(f"--env-args takes key=value, each key once; got {given!r}")
@@ -793,7 +794,7 @@ def read_argument(what, given, kinds):
             value = given  # Optional[str]: 12 is text
         if value is given and given[:1] in ("{", "["):
             raise UsageError(f"{what} begins like a Python or JSON literal, and is none: {given}")
-    if int in kinds and isinstance(value, float) and value.is_integer():
+    if int in kinds and isinstance(value, (float, np.integer)) and value % 1 == 0:
         value = int(value)  # 1e3
     if kinds and type(value) not in kinds and not (float in kinds and type(value) is int):
         raise UsageError(f"{what} must be {' or '.join(PLAIN[kind] for kind in PLAIN if kind in kinds)}; got {given!r}")
@@ -808,21 +809,20 @@ class Parallel:
             raise UsageError(f"{name}: this PettingZoo environment takes turns: name its parallel_env instead")
         self.name, self.env, self.agents, self.width = name, env, list(env.possible_agents), 0
         self.close, self.render = env.close, getattr(env, "render", lambda: None)
-        self.counts = [getattr(env.action_space(agent), "n", 0) for agent in self.agents]
+        spaces = [env.action_space(agent) for agent in self.agents]
+        self.counts = [0 if getattr(s, "shape", ()) or getattr(s, "start", 0) else getattr(s, "n", 0) for s in spaces]
         if not all(self.counts):
-            raise UsageError(f"{name}: expected Discrete actions, got {[*map(env.action_space, self.agents)]}")
-        self.n_actions = int(max(self.counts))
+            raise UsageError(f"{name}: expected Discrete actions, counted from 0; got {spaces}")
         known = (types.SimpleNamespace(**arguments), env, getattr(env, "unwrapped", env))
         limits = [read_argument(f"{name}: {key}", getattr(owner, key), {int})
                   for owner in known for key in LIMITS if getattr(owner, key, None)]
         if not limits:
             raise UsageError(f"{name}: it tells no time limit of its own: give one with --env-args episode_limit=300")
-        self.limit = min(limits)
+        self.n_actions, self.limit = int(max(self.counts)), min(limits)
         self.reset(seed)
         self.note = "it offers no state: the state is the agents' observations, joined"
         with contextlib.suppress(AttributeError, NotImplementedError):
-            env.state()
-            self.note = ""
+            self.note = "" if env.state() is not None else self.note
         self.get_state = lambda: np.ravel(self.obs if self.note else env.state())
         self.get_obs, self.get_avail_actions = lambda: self.obs, lambda: self.avail
 
@@ -853,7 +853,7 @@ class Parallel:
             rows.append(np.ravel(seen.get("observation", seen)))
             self.avail[i, :n] = seen.get("action_mask", infos.get(agent, {}).get("action_mask", 1))
         self.width = self.width or max(map(len, rows))
-        self.obs = [np.pad(row, (0, self.width - len(row))) for row in rows]
+        self.obs = [np.pad(row, (0, max(0, self.width - len(row)))) for row in rows]
 
 class MaGym:
     """A registered ma-gym environment behind PettingZoo's parallel interface; it ends when all agents are done."""
@@ -865,7 +865,7 @@ class MaGym:
             raise UsageError(f"{name}: {error.name} is not installed: `make install` adds ma-gym on Python 3.10 and "
                              f"3.11; this is {sys.version.split()[0]}") from None
         found = {spec.id: str(spec.entry_point) for spec in gym.envs.registry.all()}
-        known = sorted(id for id, entry in found.items() if "ma_gym" in entry and "openai" not in entry)  # not for one
+        known = sorted(id for id, entry in found.items() if "ma_gym" in entry and "openai" not in entry)
         if which not in known:
             raise UsageError(f"{name}: no such environment; ma-gym has {', '.join(known)}")
         gym.logger.set_level(gym.logger.ERROR)  # it warns of its own spaces at each start
