@@ -292,7 +292,7 @@ def td_loss(team: Team, target_team: Team, batch: dict[str, Tensor], gamma: floa
     reward, terminated, filled = (batch[k].to(obs.dtype).unsqueeze(-1) for k in ("reward", "terminated", "filled"))
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first step
     numbers = torch.arange(1, len(filled) + 1, device=filled.device)[:, None]  # (B, 1)
-    running = (F.pad(batch["filled"], (1, 0), value=True) * numbers).amax(0).tolist()  # up to the last not over
+    running = (F.pad(batch["filled"], (1, 0), value=True) * numbers).amax(0).tolist()  # at t: rows to the last running
 
     q, _ = team.agent(obs, last_actions, running=running)  # (B, T+1, N, A)
     q_taken = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
