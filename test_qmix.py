@@ -1634,8 +1634,7 @@ while sys.argv[1] != "return":
 
 def test_nothing_is_left_behind(here, tmp_path):
     """Catches: workers or games that outlive the trainer, however it ends; the unguarded script imported again."""
-    (tmp_path / "train.py").write_text(TRAINER)
-    (tmp_path / "pickle.py").unlink()
+    (tmp_path / "train.py").write_text(TRAINER), (tmp_path / "pickle.py").unlink()
     trainers = {}
     for end, fault in (("return", ""), ("INT", ""), ("TERM", "slow close"), ("KILL", "hang")):
         mark = f"{os.environ['MARK']}-{end}"
@@ -1768,8 +1767,9 @@ def test_modules_classes_and_their_seeds(own, tmp_path):
     for body in ("size=1): Own.__init__(self, seed=1)",
                  "**more): inner(**more); Own.__init__(self, 1)\ndef inner(size=1): pass"):
         assert own(f"def __init__(self, {body}", size="3").env.seed == 1
-    with pytest.raises(TypeError, match="sede"):
-        own("def __init__(self, **more): Own.__init__(self, sede=1)")
+    for error, handed_on, more in ((TypeError, "sede=1", {}), (envs.UsageError, "**more", {"sede": "1"})):
+        with pytest.raises(error, match="sede"):
+            own(f"def __init__(self, **more): Own.__init__(self, {handed_on})", **more)
 
 # ---- PettingZoo -----------------------------------------------------------------------------------------------------
 class Zoo:
