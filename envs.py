@@ -747,7 +747,7 @@ def single(name, seed, arguments, render=False):
         except TypeError as error:
             refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
             if not refused or refused[1] in parameters or more.pop(refused[1], None) is None:
-                raise UsageError(f"{name}: {error}") if refused and refused[1] in arguments else error
+                raise UsageError(f"{name}: {error}") if refused and refused[1] in arguments else error from None
     if hasattr(env, "possible_agents") and not hasattr(env, "get_env_info"):
         return Parallel(name, env, seed, arguments | limit)
     if limit:
