@@ -1494,7 +1494,7 @@ def wait_for(mark, count, seconds=15):
 
 def test_episodes_in_lockstep_seeds_and_messages(here, tmp_path, monkeypatch, capfd):
     """Catches: live views; shared or unused seeds; a limit learned as an end or the reverse; a stale count; steps after
-    the end; threads; a worker at a time; more than one message per step and worker; pickled arrays; early pictures."""
+    the end; threads; a worker at a time; messages: two a step, pickled, those of a step broken off; int32 misread."""
     (tmp_path / "meet").mkdir()
     w = here("own:Own", 3, seed=3, arguments={"limit": "3", "fault": "threads", "meet": str(tmp_path / "meet")})
     assert (w.n_agents, w.n_actions, w.obs_dim, w.state_dim, w.episode_limit) == (2, 3, 4, 5, 3)
@@ -1550,7 +1550,7 @@ def test_what_is_raised_in_a_worker_reaches_the_user(here, tmp_path, name, fault
     assert re.search(words, str(caught.value)) and "\n" not in str(caught.value)
 
 def test_hang_and_death_are_void_and_training_goes_on(here, tmp_path, capfd, monkeypatch):
-    """Catches: waiting for ever; void taken for real; others disturbed; nan; an old process or seed; orphaned games."""
+    """Catches: waiting for ever; void taken for real, or drawn; others disturbed; nan; an old process or seed; orphans."""
     once, b = tmp_path / "once", 1
     w = here("own:Own", 2, arguments={"fault": "hang", "once": str(once), "limit": 4, "stuck": 4, "child": True})
     start, failed, before = w._start, None, np.array(seeds_and_pids(w.reset()))

@@ -68,12 +68,13 @@ class Config:
     env_timeout, checkpoint_seconds, epsilon_spread, episodes_per_update = 120.0, 5.0, 0.0, 1.0  # qmix.py's, not ours
 
     def __post_init__(self):
-        """Raises UsageError for what is out of range."""
-        for name, value in vars(self).items():
-            low = 0 if name in ("seed", "threads", "gamma", "td_lambda") else 1 if isinstance(value, int) else 1e-9
-            high = 1 if name in ("gamma", "td_lambda", "epsilon_start", "epsilon_finish") else 1e12
-            if isinstance(value, (int, float)) and name != "compile" and not low <= value <= high:
-                raise qmix.UsageError(f"--{name.replace('_', '-')} must lie between {low:g} and {high:g}, not {value}")
+        """Raises UsageError: qmix.Config checks all that it has too, and makes NumPy's numbers plain ones."""
+        shared = vars(self).keys() & vars(qmix.Config()).keys() - {"algo"}
+        more = dict(epsilon_spread=1.0, buffer_size=10**12)  # epsilon_finish above 0; any number of environments
+        checked = qmix.Config(**{name: getattr(self, name) for name in shared}, **more)
+        vars(self).update({name: getattr(checked, name) for name in shared})
+        if min(self.target_update_steps, self.critic_dim) < 1:
+            raise qmix.UsageError("--target-update-steps and --critic-dim must be at least 1")
 
 def policy(logits: Tensor, avail: Tensor, epsilon: float) -> Tensor:
     """pi(u | history), (..., A): softmax, mixed with epsilon / |U| (section 5) and masked (departure 2)."""
