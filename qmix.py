@@ -336,7 +336,7 @@ class Run:
 
     def __init__(self, cfg: Config):
         self.cfg, self.learns = cfg, cfg.algo in MIXERS
-        seeds = np.random.SeedSequence((cfg.seed, RANK)).generate_state(3, np.uint64)  # one seed: equal numbers
+        seeds = np.random.SeedSequence((cfg.seed, RANK)).generate_state(3, np.uint64)  # one seed would tie them
         env_seed, explore, sample = map(int, seeds)
         self.env = make_env(cfg, cfg.num_envs, cfg.device, env_seed)
         self.device = self.env.device
