@@ -1550,7 +1550,7 @@ def test_what_is_raised_in_a_worker_reaches_the_user(here, tmp_path, name, fault
     assert re.search(words, str(caught.value)) and "\n" not in str(caught.value)
 
 def test_hang_and_death_are_void_and_training_goes_on(here, tmp_path, capfd, monkeypatch):
-    """Catches: waiting for ever; void taken for real or drawn; others disturbed; nan; an old process or seed; orphans."""
+    """Catches: waiting for ever; void taken for real or drawn; others disturbed; nan; old processes, seeds; orphans."""
     once, b = tmp_path / "once", 1
     w = here("own:Own", 2, arguments={"fault": "hang", "once": str(once), "limit": 4, "stuck": 4, "child": True})
     start, failed, before = w._start, None, np.array(seeds_and_pids(w.reset()))
