@@ -19,9 +19,12 @@ install: .venv/installed  ## a virtual environment in .venv with all that is nee
 		|| echo "ma-gym could not be installed; only the tests that compare with it are skipped"; fi
 	@touch $@
 
-install-smac: .venv/installed  ## StarCraft's smac, beside the rest; README.md tells how to get the game and the maps
+install-smac: .venv/installed  ## StarCraft's smac, beside the rest; docs/environments.md tells how to get the game
 	$(PIP) tensorboard==2.20.0 pysc2==4.0.0 protobuf==3.20.3 git+https://github.com/oxwhirl/smac.git@d6aab33
 	.venv/bin/pip uninstall --quiet --yes enum34
+
+install-envs: .venv/installed  ## mpe2, lbforaging and rware, beside the rest: see docs/environments.md
+	$(PIP) mpe2 lbforaging rware
 
 train: .venv/installed  ## QMIX on Checkers, against the known optimum
 	$(RUN) qmix.py --env checkers --algo qmix
@@ -33,7 +36,7 @@ smoke: .venv/installed  ## under a minute: every algorithm, every built-in envir
 	$(RUN) -m pytest -q -k smoke
 
 two-step: .venv/installed  ## under a minute: the paper's two-step game, six algorithms, their tables
-	$(RUN) docs/two_step.py
+	$(RUN) -m extras.two_step
 
 skirmish: .venv/installed  ## QMIX on skirmish:MAP (make skirmish MAP=2s3z): the paper's maps without StarCraft II
 	$(RUN) qmix.py --env skirmish:$(MAP) --algo $(ALGO)
@@ -42,15 +45,16 @@ smac: .venv/installed  ## QMIX on smac:MAP (make smac MAP=3m): the real thing, a
 	$(RUN) qmix.py --env smac:$(MAP) --algo $(ALGO)
 
 bench: .venv/installed  ## what is how fast: learner, environments, whole runs; writes docs/bench.md
-	$(RUN) docs/bench.py
+	$(RUN) -m extras.bench
 
 plot: .venv/installed  ## redraws the figures in docs/ from their CSVs
-	$(RUN) docs/plot.py
+	$(RUN) -m extras.plot
 
-lint: .venv/installed  ## ruff
+lint: .venv/installed  ## ruff: the rules and the format
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 clean:           ## removes .venv and caches; runs/ stays
 	rm -rf .venv __pycache__ .pytest_cache .ruff_cache
 
-.PHONY: help install install-smac train test smoke two-step skirmish smac bench plot lint clean
+.PHONY: help install install-smac install-envs train test smoke two-step skirmish smac bench plot lint clean

@@ -9,6 +9,7 @@ Keys: batch/*; {live,target}/{all,qmix-1,qmix-2}/<name>; q; <mixer>/q_tot; <mixe
 of the gradient before clipping, mean Q_tot taken, mean target) and /after (all weights after the update, flat, in the
 order of the live/ keys).
 """
+
 import sys
 import types
 import warnings
@@ -33,9 +34,23 @@ from learners import REGISTRY as LEARNERS  # noqa: E402
 from runners.episode_runner import EpisodeRunner  # noqa: E402
 
 N, A, O, S, T = 3, 4, 5, 6, 7
-ENDS = [(7, False), (3, True), (5, True), (7, True), (1, True)]  # steps of each episode; ended by the game itself?
-RENAME = {"rnn.weight_ih": "gru.weight_ih_l0", "rnn.weight_hh": "gru.weight_hh_l0", "rnn.bias_ih": "gru.bias_ih_l0",
-          "rnn.bias_hh": "gru.bias_hh_l0", "hyper_w_1": "w1", "hyper_b_1": "b1", "hyper_w_final": "w2", "V": "v"}
+ENDS = [
+    (7, False),
+    (3, True),
+    (5, True),
+    (7, True),
+    (1, True),
+]  # steps of each episode; ended by the game itself?
+RENAME = {
+    "rnn.weight_ih": "gru.weight_ih_l0",
+    "rnn.weight_hh": "gru.weight_hh_l0",
+    "rnn.bias_ih": "gru.bias_ih_l0",
+    "rnn.bias_hh": "gru.bias_hh_l0",
+    "hyper_w_1": "w1",
+    "hyper_b_1": "b1",
+    "hyper_w_final": "w2",
+    "V": "v",
+}
 
 
 class Noise:
@@ -82,17 +97,47 @@ class Logger:
 def build(mixer, layers, double_q):
     """What run.py builds, with its defaults and those of qmix.yaml where a number matters."""
     args = SimpleNamespace(
-        n_agents=N, n_actions=A, state_shape=S, rnn_hidden_dim=8, mixing_embed_dim=4, hypernet_layers=layers,
-        hypernet_embed=8, agent="rnn", mac="basic_mac", obs_last_action=True, obs_agent_id=True, agent_output_type="q",
-        action_selector="epsilon_greedy", epsilon_start=1.0, epsilon_finish=1.0, epsilon_anneal_time=50_000,
-        learner="q_learner", mixer=mixer, double_q=double_q, gamma=0.99, lr=5e-4, optim_alpha=0.99, optim_eps=1e-5,
-        grad_norm_clip=10, target_update_interval=200, learner_log_interval=1, runner_log_interval=10**9,
-        test_nepisode=10**9, env="noise", env_args=dict(seed=1), batch_size_run=1, device="cpu")
+        n_agents=N,
+        n_actions=A,
+        state_shape=S,
+        rnn_hidden_dim=8,
+        mixing_embed_dim=4,
+        hypernet_layers=layers,
+        hypernet_embed=8,
+        agent="rnn",
+        mac="basic_mac",
+        obs_last_action=True,
+        obs_agent_id=True,
+        agent_output_type="q",
+        action_selector="epsilon_greedy",
+        epsilon_start=1.0,
+        epsilon_finish=1.0,
+        epsilon_anneal_time=50_000,
+        learner="q_learner",
+        mixer=mixer,
+        double_q=double_q,
+        gamma=0.99,
+        lr=5e-4,
+        optim_alpha=0.99,
+        optim_eps=1e-5,
+        grad_norm_clip=10,
+        target_update_interval=200,
+        learner_log_interval=1,
+        runner_log_interval=10**9,
+        test_nepisode=10**9,
+        env="noise",
+        env_args=dict(seed=1),
+        batch_size_run=1,
+        device="cpu",
+    )
     scheme = {
-        "state": {"vshape": S}, "obs": {"vshape": O, "group": "agents"},
+        "state": {"vshape": S},
+        "obs": {"vshape": O, "group": "agents"},
         "actions": {"vshape": (1,), "group": "agents", "dtype": torch.long},
         "avail_actions": {"vshape": (A,), "group": "agents", "dtype": torch.int},
-        "reward": {"vshape": (1,)}, "terminated": {"vshape": (1,), "dtype": torch.uint8}}
+        "reward": {"vshape": (1,)},
+        "terminated": {"vshape": (1,), "dtype": torch.uint8},
+    }
     groups, preprocess = {"agents": N}, {"actions": ("actions_onehot", [OneHot(out_dim=A)])}
     buffer = ReplayBuffer(scheme, groups, len(ENDS), T + 1, preprocess=preprocess)
     mac = MACS[args.mac](buffer.scheme, groups, args)
@@ -103,10 +148,15 @@ def build(mixer, layers, double_q):
 
 def ours(learner, which):
     """Weights under the names of qmix.Team.state_dict()."""
-    mac, mixer = ((learner.mac, learner.mixer) if which == "live" else
-                  (learner.target_mac, getattr(learner, "target_mixer", None)))
+    mac, mixer = (
+        (learner.mac, learner.mixer)
+        if which == "live"
+        else (learner.target_mac, getattr(learner, "target_mixer", None))
+    )
     state = {f"agent.{name}": w for name, w in mac.agent.state_dict().items()}
-    state |= {f"mixer.{name}": w for name, w in mixer.state_dict().items()} if mixer is not None else {}
+    state |= (
+        {f"mixer.{name}": w for name, w in mixer.state_dict().items()} if mixer is not None else {}
+    )
     for theirs, our in RENAME.items():
         state = {name.replace(f".{theirs}", f".{our}"): w for name, w in state.items()}
     return {name: w.detach().numpy().copy() for name, w in state.items()}
@@ -124,7 +174,12 @@ def main():
             assert np.array_equal(saved[key], value), key
         saved[key] = value
 
-    for name, mixer, layers in [("qmix-2", "qmix", 2), ("qmix-1", "qmix", 1), ("vdn", "vdn", 1), ("iql", None, 1)]:
+    for name, mixer, layers in [
+        ("qmix-2", "qmix", 2),
+        ("qmix-1", "qmix", 1),
+        ("vdn", "vdn", 1),
+        ("iql", None, 1),
+    ]:
         for double_q in (True, False):
             torch.manual_seed(3)
             buffer, runner, learner, logger = build(mixer, layers, double_q)
@@ -139,7 +194,7 @@ def main():
             for _ in ENDS:
                 buffer.insert_episode_batch(runner.run())
             batch = buffer.sample(len(ENDS))
-            batch = batch[:, :batch.max_t_filled()]  # as run.py does
+            batch = batch[:, : batch.max_t_filled()]  # as run.py does
             for which in ("live", "target"):
                 for key, w in ours(learner, which).items():
                     put(f"{which}/{'all' if key.startswith('agent') else name}/{key}", w)
@@ -149,13 +204,21 @@ def main():
                 learner.mixer.register_forward_hook(lambda m, i, out: q_tot.append(out.detach()))  # noqa: B023
             learner.train(batch, t_env=1, episode_num=0)
 
-            put("q", torch.stack(q, 1).view(len(ENDS), N, T + 1, A).transpose(1, 2).numpy())  # (B, T+1, N, A)
-            taken = torch.from_numpy(saved["q"])[:, :-1].gather(3, batch["actions"][:, :-1]).squeeze(3)
+            put(
+                "q", torch.stack(q, 1).view(len(ENDS), N, T + 1, A).transpose(1, 2).numpy()
+            )  # (B, T+1, N, A)
+            taken = (
+                torch.from_numpy(saved["q"])[:, :-1].gather(3, batch["actions"][:, :-1]).squeeze(3)
+            )
             put(f"{name}/q_tot", (q_tot[0] if mixer else taken).numpy())
             case = f"{name}/{'double' if double_q else 'plain'}"
-            scale = dict(loss=1, grad_norm=1, q_taken_mean=N, target_mean=N)  # PyMARL logs the last two per agent
+            scale = dict(
+                loss=1, grad_norm=1, q_taken_mean=N, target_mean=N
+            )  # PyMARL logs the last two per agent
             put(f"{case}/numbers", [logger.stats[key] * times for key, times in scale.items()])
-            put(f"{case}/after", np.concatenate([w.ravel() for w in ours(learner, "live").values()]))
+            put(
+                f"{case}/after", np.concatenate([w.ravel() for w in ours(learner, "live").values()])
+            )
             print(case, {k: round(v, 4) for k, v in logger.stats.items()})
     lengths = np.array([length for length, _ in ENDS])
     assert (batch["terminated"][:, :, 0].numpy().sum(1) == [ended for _, ended in ENDS]).all()
