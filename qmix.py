@@ -16,8 +16,8 @@ Axes      B episodes, T steps, N agents, A actions, O observation, S state, H hi
           one more than actions and reward: they include what follows the last action.
 Names     `actions` is the paper's u. `avail` masks the actions that an agent may choose now.
           `memory` is what an agent remembers of its history: (GRU state, last actions).
-Episodes  `filled` marks the steps that happened; the rest of a row is padding. A `terminated`
-          episode has no future value; a `truncated` one (by a time limit) still has.
+Episodes  `filled` marks the steps that happened; the rest is padding. A `terminated` episode has
+          no future value; a `truncated` one (by a time limit) still has.
 
 Departures from the paper, each marked in the code:
   1. hyper-networks have a hidden layer, as in JMLR (arXiv 2003.08839) and the authors' code
@@ -189,8 +189,7 @@ class Team(nn.Module):
     def __init__(self, env, cfg: Config):
         super().__init__()
         self.agent = Agent(env.obs_dim, env.n_actions, env.n_agents, cfg.hidden_dim)
-        mixer = MIXERS[cfg.algo]
-        self.mixer = mixer(env.n_agents, env.state_dim, cfg.mixing_dim, cfg.hypernet_dim)
+        self.mixer = MIXERS[cfg.algo](env.n_agents, env.state_dim, cfg.mixing_dim, cfg.hypernet_dim)
 
 
 # ------------------------------------------------------------------------- replay and acting
@@ -214,9 +213,12 @@ class Replay:
         self.data = {}
         size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
         print(f"replay: {capacity} episodes, {capacity * size / 2**20:,.1f} MiB on {device}")
-        for name, (shape, dtype) in layout.items():
-            tensor = torch.empty(capacity, *shape, dtype=dtype, device=device)
-            self.data[name] = tensor.zero_()  # takes the memory now, so a lack of it shows now
+        try:
+            for name, (shape, dtype) in layout.items():
+                tensor = torch.empty(capacity, *shape, dtype=dtype, device=device)
+                self.data[name] = tensor.zero_()  # takes the memory now, so a lack of it shows now
+        except RuntimeError as error:
+            raise envs.UsageError(f"--buffer-size {capacity} is too large: {error}") from None
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -326,15 +328,14 @@ def unroll(agent: Agent, obs: Tensor, last_actions: Tensor, lengths: list[int]) 
     """The same as agent(obs, last_actions)[0], (B, T, N, A), but faster on a CPU.
 
     It goes 16 rows at a time, which stay in the processor's cache, and leaves out episodes that
-    are over, whose q is 0 then. lengths: the rows of each episode that count; any order will do,
-    but it is fast if the longest episodes come first.
+    are over, whose q is 0 then. lengths: the rows of each episode that count, in which q is right.
+    Any order will do, but it is fast if the longest episodes come first.
     """
     B, T, N, _ = obs.shape
     pieces = []
     hidden = None
     for t in range(0, T, 16):
-        last = max((b for b in range(B) if lengths[b] > t), default=0)  # that still runs
-        n = last + 1
+        n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)  # the rest are over
         if hidden is not None:
             hidden = hidden[:, : n * N]
         q, hidden = agent(obs[:n, t : t + 16], last_actions[:n, t : t + 16], hidden)
@@ -356,7 +357,7 @@ def td_targets(
         return reward + gamma * (1 - terminated) * q_next
     goes_on = F.pad(filled[:, 1:], (0, 0, 0, 1)) > 0  # (B, T, 1): is there a step t+1?
     target = torch.zeros_like(q_next)
-    y = q_next[:, -1]
+    y = 0.0
     for t in reversed(range(q_next.shape[1])):
         later = (1 - lam) * q_next[:, t] + lam * y
         later = torch.where(goes_on[:, t], later, q_next[:, t])  # the last step has no y_{t+1}
@@ -477,12 +478,12 @@ class Config:
     batch_size: int = 32  # whole episodes per update (authors)
     buffer_size: int = 5000  # episodes kept for replay (authors)
     episodes_per_update: float = 1.0  # new episodes per gradient step (authors)
-    target_update_episodes: int = 200  # episodes learned from between copies to target (authors)
+    target_update_episodes: int = 200  # new episodes between copies to the target (authors)
     target_tau: float = 0.0  # above 0: no copies; the target moves by this share at each update
     epsilon_start: float = 1.0  # chance of a random action at the start (authors)
     epsilon_finish: float = 0.05  # the same after epsilon_anneal_steps (authors)
     epsilon_anneal_steps: int = 50_000  # steps over which epsilon falls linearly (authors)
-    epsilon_spread: float = 0.0  # above 0: each agent's final epsilon is drawn, from finish to this
+    epsilon_spread: float = 0.0  # above 0: an agent's final epsilon, drawn per episode, up to this
     double_q: bool = True  # the live network chooses the next action; off: plain maximum, Eq. 6
     td_lambda: float = 0.0  # 0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)
     reward_scale: float = 1.0  # the loss sees the reward times this
@@ -494,7 +495,7 @@ class Config:
     test_episodes: int = 32  # episodes per evaluation (SMAC; the paper: 20)
 
     def __post_init__(self):
-        """Checks everything. Raises UsageError: the flag, what was expected and what came."""
+        """Checks numbers and choices. Raises UsageError: the flag, what was expected, what came."""
         for name, value in vars(self).items():
             if isinstance(value, np.generic):
                 setattr(self, name, value.item())  # seed=np.int64(3) is a seed too
@@ -511,7 +512,7 @@ class Config:
 
     def check(self, name: str, smallest: float, largest: float) -> None:
         value = getattr(self, name)
-        kind = type(smallest)  # the bound's type is the field's; an int will do for a float
+        kind = type(smallest)  # the field's type is that of its bounds; an int always passes
         if not isinstance(value, (int, kind)) or not smallest <= value <= largest:
             expected = f"{kind.__name__} from {smallest} to {largest}"
             raise envs.UsageError(f"--{name.replace('_', '-')} must be {expected}, not {value!r}")
@@ -596,8 +597,8 @@ class TrainingFailed(RuntimeError):
 class Run:
     """Plays and learns. Epsilon, learning rate and the updates that are due follow from `counts`.
 
-    env_steps: where a resumed run starts. Environments in worker processes then get other seeds,
-    so they do not repeat the episodes of the start.
+    env_steps: where a resumed run starts. Here it varies the seeds alone, so that environments in
+    worker processes do not repeat their first episodes; `restore` sets all else.
     """
 
     def __init__(self, cfg: Config, env_steps: int = 0):
@@ -619,7 +620,7 @@ class Run:
             "explore": torch.Generator(self.device).manual_seed(explore_seed),
             "sample": torch.Generator().manual_seed(sample_seed),
         }
-        if hasattr(self.env, "generator"):  # an environment in torch that draws random numbers
+        if hasattr(self.env, "generator"):  # kept here to be saved with the others
             self.generators["env"] = self.env.generator
         self.counts = {"env_steps": 0, "episodes": 0, "updates": 0}
         self.returns = []  # of the episodes since the last evaluation
@@ -678,10 +679,11 @@ class Run:
         """With target_tau a small step at each update, else a copy every so many episodes."""
         tau = self.cfg.target_tau
         if tau == 0:
-            every = self.cfg.target_update_episodes / self.cfg.episodes_per_update  # updates
-            updates = self.counts["updates"]
-            if updates // every == (updates - 1) // every:
-                return  # this update did not complete another `every`
+            every = self.cfg.target_update_episodes
+            now = self.counts["updates"] * self.cfg.episodes_per_update  # episodes
+            before = (self.counts["updates"] - 1) * self.cfg.episodes_per_update
+            if now // every == before // every:
+                return  # this update has passed no multiple of `every`
             tau = 1.0  # a copy
         for target, live in zip(self.target_team.parameters(), self.team.parameters()):
             target.lerp_(live.detach(), tau)
@@ -698,7 +700,7 @@ class Run:
             self.counts["updates"] += 1
             self.update_target()
         if stats:
-            self.stats += torch.stack(stats).tolist()  # waits for the device, once a round
+            self.stats += torch.stack(stats).tolist()  # waits for the device
         if not np.isfinite(self.stats).all():
             raise TrainingFailed(f"loss or gradient not finite at update {self.counts['updates']}")
 
@@ -916,8 +918,8 @@ class RunFolder:
         state = run_state(self.run)
         state["rows"] = self.rows
         write_checkpoint(self.path / "checkpoint.pt", state)
-        cost = time.perf_counter() - start
-        self.checkpoint_due = start + cost + max(self.run.cfg.checkpoint_seconds, 30 * cost)
+        now = time.perf_counter()
+        self.checkpoint_due = now + max(self.run.cfg.checkpoint_seconds, 30 * (now - start))
 
 
 def train(cfg: Config, resume: bool = False, run_class=Run) -> dict:
@@ -969,9 +971,8 @@ class Policy:
     def __init__(self, state: dict):
         self.config = state["config"]
         self.agent = Agent(**state["sizes"], hidden_dim=self.config.hidden_dim)
-        team = state["team"].items()
-        weights = {k.removeprefix("agent."): v for k, v in team if k.startswith("agent.")}
-        self.agent.load_state_dict(weights)
+        names = self.agent.state_dict()
+        self.agent.load_state_dict({name: state["team"][f"agent.{name}"] for name in names})
 
     def act(self, obs, avail, memory=None, agents=None):
         """Greedy actions of one team, obs (N, O) and avail (N, A), or of B teams (B, N, .).
@@ -1016,12 +1017,12 @@ def evaluate(path: str, cfg: Config, episodes: int = 32, record: str = "") -> di
     def choose(step, memory):
         return policy.act(step.obs, step.avail, memory)
 
-    n_envs = min(episodes, cfg.num_envs)
     arguments = cfg.env_args
     if record and cfg.env.startswith("smac:"):
         arguments += (f"replay_dir={record}",)
         record = ""
-    env = envs.make(cfg.env, n_envs, "cpu", cfg.seed, arguments, cfg.env_timeout)
+    n = min(episodes, cfg.num_envs)
+    env = envs.make(cfg.env, n, "cpu", cfg.seed, arguments, cfg.env_timeout)
     with contextlib.closing(env):
         if record:
             envs.record(env, choose, record)

@@ -290,7 +290,7 @@ def main(arguments: list[str]) -> int:
         print("result: " + json.dumps(result), flush=True)
         return 0
     except (envs.UsageError, qmix.TrainingFailed, envs.EnvFailure) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)  # one line
         return 2 if isinstance(error, envs.UsageError) else 1
     except KeyboardInterrupt:
         return 130

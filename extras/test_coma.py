@@ -203,14 +203,17 @@ def test_action_after_the_last_is_drawn_from_the_policy(battle):
     assert battle.batch["avail"][:, -1].gather(-1, actions[:, -1].unsqueeze(-1)).all()
 
 
-def test_action_after_the_last_is_not_the_argmax(monkeypatch):
-    """Catches: the likeliest action in place of a draw. Here all actions are equally likely."""
+def test_actions_are_not_the_argmax(monkeypatch):
+    """Catches: the likeliest action in place of a draw, when playing or after the last step.
+
+    Here both actions are equally likely, so each is taken about half of the time."""
     run = make_run(num_envs=200, epsilon_start=1.0)
     inputs = spy(monkeypatch, "critic_inputs")
     run.play()
     run.learn()
-    _, _, actions, _, _ = inputs[0]
-    assert 0.4 < actions[:, -1].double().mean() < 0.6
+    _, _, actions, _, _ = inputs[0]  # (200, 3, 2): two steps, and one that was never played
+    shares = actions.double().mean(dim=(0, 2))
+    np.testing.assert_allclose(shares, 0.5, atol=0.1)
 
 
 def test_critic_sees_last_actions_not_present_ones(battle):
@@ -625,12 +628,12 @@ def test_metrics_are_complete(tmp_path):
     """Catches: a column that stays empty, such as train_return, or counts something else."""
     assert start(tmp_path / "run", "--total-steps", "48") == 0
     first, *rows = rows_of(tmp_path / "run")
-    assert [row["env_steps"] for row in rows] == ["16", "32", "48"]  # a row for each round
-    assert [row["updates"] for row in rows] == ["2", "4", "6"]
+    counts = [(row["env_steps"], row["updates"]) for row in rows]
+    assert counts == [("16", "2"), ("32", "4"), ("48", "6")]  # a row for each round
     assert float(first["epsilon"]) == pytest.approx(0.5)
     for row in rows:
-        numbers = [float(row[name]) for name in ("train_return", *qmix.STATS)]
-        assert np.isfinite(numbers).all()
+        for name in qmix.STATS:
+            assert row[name] != ""
         assert 0 < float(row["train_return"]) <= 8
 
 
