@@ -138,48 +138,27 @@ class Checkers(Batched):
         self.device = torch.device(device)
 
         # The board of an episode is a row of 250 numbers: 5 x 10 cells (3 x 8 and a margin) of
-        # (lemon, apple, agent 0, agent 1, wall). These tables have a row for each of the 24 cells.
+        # (lemon, apple, agent 0, agent 1, wall). These are indices into it.
+        index = torch.arange(250, device=self.device).view(5, 10, 5)
         cells = [(row, column) for row in range(3) for column in range(8)]
+        around = [index[row : row + 3, column : column + 3].flatten() for row, column in cells]
+        self.around = torch.stack(around)  # (24, 45) the 3x3 cells around each of the 24
+        self.positions = index[1:4, 1:9, 0].flatten()  # (24,) where each cell starts
+        odd = self.table([(row + column) % 2 == 1 for row in range(3) for column in range(6)])
+        lemons = index[1:4, 1:7, 0].flatten()[odd]
+        apples = index[1:4, 1:7, 1].flatten()[~odd]
+        self.food_at = torch.cat([apples, lemons])  # (18,)
+
         self.targets = self.table([self.reached(*cell) for cell in cells])  # (24, 5) cells
-        self.around = self.table([self.seen(*cell) for cell in cells])  # (24, 45) indices of board
-        self.positions = self.table([self.position(*cell) for cell in cells])  # (24,), the same
         places = [(round(row / 3, 2), round(column / 7, 2)) for row, column in cells]
         self.places = self.table(places)  # (24, 2) coordinates, rounded as in ma-gym
         self.one_hot = torch.eye(24, device=self.device)
-
-        self.food_at = self.table(self.apples_and_lemons())  # (18,) indices of board
         # A lemon eaten by agent 0, by agent 1, an apple eaten by agent 0, by agent 1
         self.value = self.table([-10.0, -1.0, 10.0, 1.0])
         self.layers = self.table([2, 3])  # of agent 0 and agent 1
 
     def table(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
-
-    @staticmethod
-    def position(row: int, column: int) -> int:
-        """The index of a cell's first number in the board."""
-        return ((row + 1) * 10 + column + 1) * 5
-
-    def apples_and_lemons(self) -> list[int]:
-        """Their indices in the board: nine apples, then nine lemons."""
-        apples = []
-        lemons = []
-        for row in range(3):
-            for column in range(6):
-                if (row + column) % 2 == 0:
-                    apples.append(self.position(row, column) + 1)
-                else:
-                    lemons.append(self.position(row, column))
-        return apples + lemons
-
-    def seen(self, row: int, column: int) -> list[int]:
-        """The indices of the 45 numbers around a cell."""
-        numbers = []
-        for down in (-1, 0, 1):
-            for right in (-1, 0, 1):
-                start = self.position(row + down, column + right)
-                numbers += range(start, start + 5)
-        return numbers
 
     def reached(self, row: int, column: int) -> list[int]:
         """The cell that each action leads to."""
@@ -331,11 +310,20 @@ def find(name: str):
     """The class or function that module:Class names; the current directory counts as well."""
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UsageError(f"{name}: {error}") from None
+
+
+def construct(made, **arguments):
+    """made(**arguments). Raises UsageError for arguments that it does not take."""
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError as error:
+        raise UsageError(f"--env-args: {error}") from None
+    return made(**arguments)
 
 
 def make_single(name: str, seed: int, arguments: dict):
@@ -350,11 +338,7 @@ def make_single(name: str, seed: int, arguments: dict):
     made = find(name)
     if "seed" in inspect.signature(made).parameters:
         arguments = {"seed": seed, **arguments}
-    try:
-        inspect.signature(made).bind(**arguments)
-    except TypeError as error:
-        raise UsageError(f"--env-args: {error}") from None
-    return made(**arguments)
+    return construct(made, **arguments)
 
 
 def check(what: str, given, shape: tuple) -> np.ndarray:
@@ -385,14 +369,14 @@ class Group:
     def __init__(self, name: str, seeds: list[int], arguments: dict):
         self.envs = [make_single(name, seed, arguments) for seed in seeds]
         info = self.envs[0].get_env_info()
-        self.sizes = {}
+        self.sizes = []  # in the order of SIZES
         for key in SIZES:
             size = info.get(key)
             if not isinstance(size, (int, np.integer)) or size < 1:
                 raise UsageError(f"get_env_info()[{key!r}] must be a whole number above 0: {size}")
-            self.sizes[key] = int(size)
+            self.sizes.append(int(size))
 
-    def get_sizes(self) -> dict:
+    def get_sizes(self) -> list[int]:
         return self.sizes
 
     def reset(self) -> Step:
@@ -400,46 +384,50 @@ class Group:
         self.rows = []
         for env in self.envs:
             env.reset()
-            self.rows.append(self.look(env, 0.0, False, False, {}))
-        return self.stacked()
+            self.rows.append(self.look(env, 0.0, False, {}))
+        return self.join()
 
     def step(self, actions: list[list[int]]) -> Step:
         self.steps += 1
         for b, env in enumerate(self.envs):
-            if self.rows[b].terminated or self.rows[b].truncated:
-                continue  # what follows an episode's end is padding
-            reward, over, info = env.step(actions[b])
-            over = check_flags("terminated", over, ())
-            late = check_flags("info['episode_limit']", info.get("episode_limit", False), ())
-            truncated = late or (not over and self.steps >= self.sizes["episode_limit"])
-            # PyMARL says `terminated` at a time limit too
-            self.rows[b] = self.look(env, reward, over and not truncated, truncated, info)
-        return self.stacked()
+            if not self.over[b]:  # what follows an episode's end is padding
+                reward, terminated, info = env.step(actions[b])
+                self.rows[b] = self.look(env, reward, terminated, info)
+        return self.join()
 
-    def look(self, env, reward: float, terminated: bool, truncated: bool, info: dict) -> Step:
-        """What one environment shows now, checked."""
-        N = self.sizes["n_agents"]
-        obs = check("get_obs()", env.get_obs(), (N, self.sizes["obs_shape"]))
-        state = check("get_state()", env.get_state(), (self.sizes["state_shape"],))
-        mask = env.get_avail_actions()
-        avail = check_flags("get_avail_actions()", mask, (N, self.sizes["n_actions"]))
-        if not avail.any(1).all():
-            raise UsageError(f"get_avail_actions() must leave each agent an action: {mask}")
-        reward = check("reward", reward, ())
+    def look(self, env, reward, terminated, info: dict) -> tuple:
+        """What one environment shows now."""
+        late = info.get("episode_limit", False)
         facts = {key: check(f"info[{key!r}]", info[key], ()) for key in FACTS if key in info}
-        return Step(obs, state, avail, reward, terminated, truncated, facts)
+        shown = (env.get_obs(), env.get_state(), env.get_avail_actions())
+        return (*shown, reward, terminated, late, facts)
 
-    def stacked(self) -> Step:
-        *columns, facts = zip(*self.rows)
-        info = {"void": np.zeros(len(self.rows), bool)}
+    def join(self) -> Step:
+        """The rows of all n environments, checked."""
+        n = len(self.rows)
+        N, A, O, S, T = self.sizes
+        obs, state, avail, reward, terminated, late, facts = zip(*self.rows)
+        obs = check("get_obs()", obs, (n, N, O))
+        state = check("get_state()", state, (n, S))
+        avail = check_flags("get_avail_actions()", avail, (n, N, A))
+        if not avail.any(-1).all():
+            text = f"get_avail_actions() must leave each agent an action: {avail.tolist()}"
+            raise UsageError(text)
+        reward = check("reward", reward, (n,))
+        terminated = check_flags("terminated", terminated, (n,))
+        late = check_flags("info['episode_limit']", late, (n,))
+        truncated = late | (~terminated & (self.steps >= T))
+        terminated = terminated & ~truncated  # PyMARL says both at a time limit
+        self.over = terminated | truncated
+        info = {"void": np.zeros(n, bool)}
         for key in FACTS:  # NaN where it is not told
             info[key] = np.array([each.get(key, np.nan) for each in facts], np.float32)
-        return Step(*(np.array(column) for column in columns), info)
+        return Step(obs, state, avail, reward, terminated, truncated, info)
 
     def picture(self, b: int) -> np.ndarray:
         return np.asarray(self.envs[b].render(), np.uint8)  # (H, W, 3)
 
-    def close(self) -> None:
+    def close(self):
         for env in self.envs:
             env.close()
 
@@ -447,6 +435,10 @@ class Group:
 # ----------------------------------------------------------------------------- worker processes
 START = 60.0  # seconds that a starting worker has beyond the timeout
 GRACE = 10.0  # seconds that a worker may take to close its environments before it is killed
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def end_with_the_trainer() -> None:
@@ -474,16 +466,17 @@ def worker(pipe, name: str, seeds: list[int], arguments: dict) -> None:
                     group = Group(name, seeds, arguments)
                 answer = ("ok", getattr(group, method)(*given))
             except GameFailure as error:
-                answer = ("void", str(error))
+                answer = ("void", one_line(error))
             except UsageError as error:
-                answer = ("usage", f"{name}: {error}")
+                answer = ("usage", f"{name}: {one_line(error)}")
             except Exception as error:
                 traceback.print_exc()
-                answer = ("error", f"{name}: {type(error).__name__}: {error}")
+                answer = ("error", f"{name}: {type(error).__name__}: {one_line(error)}")
             pipe.send(answer)
     except (EOFError, OSError):
         pass  # the trainer has closed the pipe, or is gone
     finally:
+        threading.Timer(GRACE, os.killpg, (0, signal.SIGKILL)).start()  # if close() hangs
         try:
             if group is not None:
                 group.close()
@@ -506,7 +499,6 @@ class Workers:
         self.n_envs = n_envs
         self.device = device
         self.arguments = arguments
-        self.timeout = timeout
         self.max_failures = max_failures
         self.voided = 0  # episodes
         self.resets = 0
@@ -515,21 +507,20 @@ class Workers:
         self.share = math.ceil(n_envs / os.cpu_count())  # environments of a worker
         if name.startswith("smac:"):
             self.share = 1
+        self.timeout = timeout * self.share
         self.groups = range(math.ceil(n_envs / self.share))  # one worker each
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([__name__])  # torch is imported once, not by each
+        self.context.set_forkserver_preload(["torch"])  # once, not by each worker
         self.workers = {}  # {g: (process, pipe)}
         self.failures = [0] * len(self.groups)  # in a row
+        for g in self.groups:
+            self.start(g)
         try:
             sizes = self.ask("get_sizes", {g: () for g in self.groups})[0]
         except BaseException:
             self.close()
             raise
-        self.n_agents = sizes["n_agents"]
-        self.n_actions = sizes["n_actions"]
-        self.obs_dim = sizes["obs_shape"]
-        self.state_dim = sizes["state_shape"]
-        self.episode_limit = sizes["episode_limit"]
+        self.n_agents, self.n_actions, self.obs_dim, self.state_dim, self.episode_limit = sizes
 
     def start(self, g: int) -> None:
         pipe, theirs = self.context.Pipe()
@@ -546,6 +537,9 @@ class Workers:
         self.rows = {}  # {g: the last Step of a worker}
         while len(self.rows) < len(self.groups):  # what fails is started anew
             missing = {g: () for g in self.groups if g not in self.rows}
+            for g in missing:
+                if g not in self.workers:
+                    self.start(g)
             self.rows.update(self.ask("reset", missing))
         return self.join()
 
@@ -578,7 +572,7 @@ class Workers:
             values = np.concatenate([each[key] for each in infos])
             if np.isfinite(values).any():  # some environment tells it; 0 for the others
                 info[key] = torch.from_numpy(np.nan_to_num(values)).to(self.device)
-        if self.resets <= 3:
+        if self.resets <= 3:  # in the first episodes
             self.warn("get_obs()", fields[0])
             self.warn("get_state()", fields[1])
         return Step(*fields, info)
@@ -596,13 +590,12 @@ class Workers:
         Those that failed are missing in it, and have been ended.
         """
         deadline = time.monotonic() + self.timeout
+        if method != "step":
+            deadline += START
         answers = {}
         try:
             for g, arguments in given.items():
-                if g not in self.workers:
-                    self.start(g)
-                    deadline = time.monotonic() + self.timeout + START
-                with contextlib.suppress(OSError):  # it has died, as `receive` finds
+                with contextlib.suppress(OSError, KeyError):  # it has ended, as `receive` finds
                     self.workers[g][1].send((method, arguments))
             for g in given:
                 kind, answer = self.receive(g, deadline)
@@ -619,12 +612,12 @@ class Workers:
         return answers
 
     def receive(self, g: int, deadline: float) -> tuple[str, object]:
-        pipe = self.workers[g][1]
         try:
+            pipe = self.workers[g][1]
             if pipe.poll(max(0.0, deadline - time.monotonic())):
                 return pipe.recv()
             return "void", f"no answer within {self.timeout:g} seconds (--env-timeout)"
-        except (EOFError, OSError):
+        except (EOFError, OSError, KeyError):
             return "void", "its process died"
 
     def count_failure(self, g: int, method: str, why: str) -> None:
@@ -642,7 +635,7 @@ class Workers:
         deadline = time.monotonic() + grace
         for process, _ in ending:
             process.join(max(0.0, deadline - time.monotonic()))
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # they have all ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
@@ -700,7 +693,7 @@ def make(name, n_envs=32, device="cpu", seed=0, arguments=(), timeout=120.0):
     if colon and kind != "skirmish":
         made = find(name)
         if inspect.isclass(made) and issubclass(made, Batched):
-            return made(n_envs=n_envs, device=device, seed=seed, **arguments)
+            return construct(made, n_envs=n_envs, device=device, seed=seed, **arguments)
         return Workers(name, n_envs, device, seed, arguments, timeout)
     if arguments:
         raise UsageError(f"{name} takes no --env-args, got {', '.join(arguments)}")

@@ -1081,7 +1081,7 @@ def main(arguments: list[str]) -> int:
         print("result: " + json.dumps(result), flush=True)
         return 0
     except (envs.UsageError, TrainingFailed, envs.EnvFailure) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)  # one line
+        print(f"error: {envs.one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, envs.UsageError) else 1
     except KeyboardInterrupt:
         return 130
