@@ -522,7 +522,7 @@ class Workers:
             raise
         self.n_agents, self.n_actions, self.obs_dim, self.state_dim, self.episode_limit = sizes
 
-    def start(self, g: int) -> None:
+    def start(self, g: int):
         pipe, theirs = self.context.Pipe()
         count = min(self.share, self.n_envs - g * self.share)
         seeds = [self.seeds.randrange(2**31) for _ in range(count)]
@@ -577,7 +577,7 @@ class Workers:
             self.warn("get_state()", fields[1])
         return Step(*fields, info)
 
-    def warn(self, what: str, numbers: Tensor) -> None:
+    def warn(self, what: str, numbers: Tensor):
         largest = numbers.abs().max().item()
         if largest > 5 and what not in self.warned:
             self.warned.add(what)
@@ -620,14 +620,16 @@ class Workers:
         except (EOFError, OSError, KeyError):
             return "void", "its process died"
 
-    def count_failure(self, g: int, method: str, why: str) -> None:
+    def count_failure(self, g: int, method: str, why: str):
         self.failures[g] += 1
+        if method == "reset":
+            self.voided += 1  # an episode that could not begin
         text = f"{self.name}: worker {g} failed in {method}: {why} ({self.failures[g]} in a row)"
         if self.failures[g] >= self.max_failures or method == "get_sizes":
             raise EnvFailure(text)
         print(text, file=sys.stderr)
 
-    def end(self, which: list[int], grace: float) -> None:
+    def end(self, which: list[int], grace: float):
         """Let workers close their environments; then kill what is left of them and their games."""
         ending = [self.workers.pop(g) for g in which if g in self.workers]
         for _, pipe in ending:
@@ -640,10 +642,10 @@ class Workers:
             process.kill()
             process.join()
 
-    def close(self) -> None:
+    def close(self):
         self.end(list(self.workers), GRACE)
 
-    def draw(self, axes, b: int = 0) -> None:
+    def draw(self, axes, b: int = 0):
         g, row = divmod(b, self.share)
         for picture in self.ask("picture", {g: (row,)}).values():
             axes.imshow(picture)

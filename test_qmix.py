@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -1089,7 +1090,8 @@ def test_nan_ends_the_run_with_a_good_checkpoint(probe, monkeypatch, capsys, spo
         return spoil(loss), *means
 
     monkeypatch.setattr(qmix, "td_loss", td_loss)
-    assert "not finite" in error_line(capsys, 1, "--out=run", "--total-steps=500")
+    text = error_line(capsys, 1, "--out=run", "--total-steps=500", "--batch-size=4")
+    assert text.endswith("not finite at update 1\n")
     for weight in saved()["team"].values():
         assert weight.isfinite().all()
 
@@ -1158,6 +1160,14 @@ def test_smoke_of_environment(env):
     smoke(env=env)
 
 
+def test_compile_is_for_the_step_of_an_environment(monkeypatch):
+    """Catches: --compile that nothing reads."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", compiled.append)
+    make_run(compile=True)
+    assert compiled[0].__name__ == "step"
+
+
 def test_threads_reach_torch(probe, monkeypatch):
     """Catches: --threads that nothing reads."""
     given = []
@@ -1201,6 +1211,13 @@ def test_a_resumed_run_gives_worker_environments_other_seeds(probe):
     seeds = [asked[3] for asked in probe.asked]
     assert seeds[0] != seeds[1]
     assert seeds[1] == seeds[2]  # both go on at the same step
+
+
+def test_a_resumed_run_counts_its_seconds_on(probe):
+    """Catches: seconds that start at 0 again."""
+    run = make_run()
+    qmix.restore(run, {**qmix.run_state(run), "seconds": 10_000.0})
+    assert qmix.measure(run)["seconds"] > 10_000
 
 
 @pytest.fixture(scope="module")
@@ -1513,21 +1530,11 @@ def test_policy_refuses_what_it_cannot_use(trained, obs, avail, agents):
 
 
 # ------------------------------------------------------------------------------- the one file
-def load_source(text, monkeypatch):
-    """The module that this text makes, in a file of its own."""
-    Path("copied.py").write_text(text)
-    spec = importlib.util.spec_from_file_location("copied", "copied.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "copied", module)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_import_needs_torch_numpy_and_envs_alone(monkeypatch):
     """Catches: an import that a copier of the file must install, or that makes the start slow."""
     for name in ("tyro", "tqdm", "tensorboard", "torch.utils.tensorboard", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)  # cannot be imported
-    assert load_source((HERE / "qmix.py").read_text(), monkeypatch).Policy
+    assert runpy.run_path(str(HERE / "qmix.py"))["Policy"]
 
 
 LINES = """
@@ -1538,11 +1545,11 @@ greedy_return = facts["return"].mean().item()
 """
 
 
-def test_the_first_part_and_four_lines_train(monkeypatch):
+def test_the_first_part_and_four_lines_train():
     """Catches: a first part that needs something from behind the divider."""
     first_part = (HERE / "qmix.py").read_text().split("\n# ====")[0]
-    module = load_source(first_part + LINES, monkeypatch)
-    assert module.greedy_return == 8
+    Path("first_part.py").write_text(first_part + LINES)
+    assert runpy.run_path("first_part.py")["greedy_return"] == 8
 
 
 # ------------------------------------------------------------------------- two-step, Checkers
@@ -2108,6 +2115,7 @@ if not mark.exists():
 """
     with contextlib.closing(workers(2, cores=2, code=code)) as env:
         assert len(set(seeds(env.reset()))) == 2
+        assert env.voided == 1
 
 
 def test_failures_in_a_row_go_on_for_ever():
