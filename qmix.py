@@ -821,6 +821,7 @@ def restore(run: Run, state: dict) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.replay.added = state["replay_added"]
     for name, saved in state["replay"].items():
+        assert len(saved) == len(run.replay), "--buffer-size is another"
         run.replay.data[name][: len(run.replay), : saved.shape[1]] = saved
     for name, generator in run.generators.items():
         saved = state["generators"][name]
@@ -870,7 +871,7 @@ class RunFolder:
         self.bar = tqdm(initial=start, total=run.cfg.total_steps, disable=None)  # if a terminal
         self.checkpoint()
 
-    def close(self) -> None:
+    def close(self):
         self.board.close()
         self.bar.close()
 
@@ -1029,7 +1030,7 @@ def evaluate(path: str, cfg: Config, episodes: int = 32, record: str = "") -> di
         found = greedy_episodes(env, choose, episodes)
     return {
         "env": cfg.env,
-        "algo": cfg.algo,
+        "algo": policy.config.algo,
         "episodes": episodes,
         **found,
         "out": str(path),

@@ -1288,7 +1288,7 @@ def contents(out):
     return {path: path.read_bytes() for path in Path(out).iterdir()}
 
 
-@parametrize("flag, value", [("--hidden-dim", 16), ("--buffer-size", 6)])
+@parametrize("flag, value", [("--hidden-dim", 16), ("--buffer-size", 6), ("--buffer-size", 60)])
 def test_resuming_with_other_sizes_is_refused(whole, capsys, flag, value):
     """Catches: a traceback, a half-restored run, a run directory overwritten."""
     old = contents(whole.out)
@@ -1465,7 +1465,8 @@ def test_evaluate_plays_and_records_the_trained_policy(trained, capsys, monkeypa
     """Catches: another policy, another number of episodes, no picture."""
     drawn = []
     monkeypatch.setattr(envs, "record", lambda env, choose, path: drawn.append(path))
-    assert main("--evaluate", trained.best, "--episodes", 6, "--record", "demo.gif") == 0
+    flags = ["--algo", "vdn", "--episodes", 6, "--record", "demo.gif"]
+    assert main("--evaluate", trained.best, *flags) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     env = envs.make("skirmish:3m", 4, "cpu", 1)
     facts = qmix.greedy_episodes(env, greedy(trained.agent), 6)
