@@ -58,7 +58,7 @@ class Step(NamedTuple):
 class Batched:
     """Base of environments that compute all B episodes at once, in torch.
 
-    `make` calls them as Class(n_envs=, device=, seed=, **env_args).
+    `make` calls a class of yours as Class(n_envs=, device=, seed=, **env_args).
     """
 
     def close(self):
@@ -487,11 +487,12 @@ def worker(pipe, name: str, seeds: list[int], arguments: dict) -> None:
 class Workers:
     """B single environments in worker processes, behind the batched interface (Linux and macOS).
 
-    There are as many workers as cores, each with its share of the environments; smac's games get
-    one each. A worker that dies, hangs for `timeout` seconds or raises GameFailure is ended: its
-    running episodes are void, and the next reset starts another. `max_failures` in a row raise
-    EnvFailure; so does any other exception of an environment. UsageError tells what is wrong with
-    its answers. A script that uses this needs `if __name__ == "__main__":`.
+    There are at most as many workers as cores, each with its share of the environments; smac's
+    games get one each. A worker that dies, hangs (`timeout` seconds for each environment of its
+    share, START more for a reset) or raises GameFailure is ended: its running episodes are void,
+    and the next reset starts another. `max_failures` in a row raise EnvFailure; so does any other
+    exception of an environment. UsageError tells what is wrong with its answers. A script that
+    uses this needs `if __name__ == "__main__":`.
     """
 
     def __init__(self, name, n_envs, device, seed, arguments, timeout=120.0, max_failures=10):

@@ -14,7 +14,7 @@ reset() and step(actions) return a Step of obs, state, avail, reward, terminated
 Axes      B episodes, T steps, N agents, A actions, O observation, S state, H hidden units,
           E mixing units; in the order (B, T, N, feature). obs, state and avail have T+1 rows,
           one more than actions and reward: they include what follows the last action.
-Names     `actions` is the paper's u. `avail` masks the actions that an agent may choose now.
+Names     `actions` is the paper's u. `avail` is True at the actions that an agent may choose.
           `memory` is what an agent remembers of its history: (GRU state, last actions).
 Episodes  `filled` marks the steps that happened; the rest is padding. A `terminated` episode has
           no future value; a `truncated` one (by a time limit) still has.
@@ -75,7 +75,7 @@ class Agent(nn.Module):
         last = last[..., 1:]  # (B, T, N, A), zeros where there is none yet
         ids = torch.eye(self.n_agents, device=obs.device)
         if agents is not None:
-            ids = ids[agents]
+            ids = ids[list(agents)]
         x = torch.cat([obs, last, ids.expand(B, T, N, -1)], dim=-1)  # (B, T, N, O+A+N)
         x = x.transpose(0, 1).flatten(1, 2)  # (T, B*N, O+A+N): nn.GRU's order, time first
         x = F.relu(self.fc1(x))  # (T, B*N, H)
@@ -328,14 +328,14 @@ def unroll(agent: Agent, obs: Tensor, last_actions: Tensor, lengths: list[int]) 
     """The same as agent(obs, last_actions)[0], (B, T, N, A), but faster on a CPU.
 
     It goes 16 rows at a time, which stay in the processor's cache, and leaves out episodes that
-    are over, whose q is 0 then. lengths: the rows of each episode that count, in which q is right.
-    Any order will do, but it is fast if the longest episodes come first.
+    are over. lengths: how many rows of each episode count; q is right in these alone. Any order
+    will do, but it is fast if the longest episodes come first.
     """
     B, T, N, _ = obs.shape
     pieces = []
     hidden = None
     for t in range(0, T, 16):
-        n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)  # the rest are over
+        n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)  # 1: all are over
         if hidden is not None:
             hidden = hidden[:, : n * N]
         q, hidden = agent(obs[:n, t : t + 16], last_actions[:n, t : t + 16], hidden)
@@ -461,14 +461,14 @@ class Config:
 
     env: str  # two-step, checkers, skirmish:MAP, smac:MAP, ma_gym:ID, module:Class
     env_args: tuple[str, ...] = ()  # key=value ...: arguments of smac, ma_gym and module:Class
-    env_timeout: float = 120.0  # seconds that their worker processes have for a step or reset
+    env_timeout: float = 120.0  # seconds that each of these has for a step; a reset: 60 more
     algo: str = "qmix"  # iql, vdn, qmix, vdn-s, qmix-lin, qmix-ns
     seed: int = 1  # seeds the weights, the environments, exploration and sampling
     total_steps: int = 2_000_000  # length of the run: steps, summed over the environments (SMAC)
     num_envs: int = 8  # environments that play side by side (authors: 1, or 8 processes)
-    device: str = "auto"  # auto, cpu or cuda: holds networks, replay and environments in torch
+    device: str = "auto"  # auto, cpu or cuda: where networks, replay and torch environments are
     threads: int = 0  # CPU threads; 0 leaves torch's number as it is
-    compile: bool = False  # torch.compile the step of an environment in torch
+    compile: bool = False  # torch.compile the step of a torch environment
     out: str = ""  # run directory; empty: a new one under runs/
     checkpoint_seconds: float = 5.0  # least time between checkpoints; more if they are slow
     gamma: float = 0.99  # discount per step (authors)
@@ -483,7 +483,7 @@ class Config:
     epsilon_start: float = 1.0  # chance of a random action at the start (authors)
     epsilon_finish: float = 0.05  # the same after epsilon_anneal_steps (authors)
     epsilon_anneal_steps: int = 50_000  # steps over which epsilon falls linearly (authors)
-    epsilon_spread: float = 0.0  # above 0: an agent's final epsilon, drawn per episode, up to this
+    epsilon_spread: float = 0.0  # above 0: a floor is drawn per agent and episode, up to this
     double_q: bool = True  # the live network chooses the next action; off: plain maximum, Eq. 6
     td_lambda: float = 0.0  # 0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)
     reward_scale: float = 1.0  # the loss sees the reward times this
@@ -597,7 +597,7 @@ class TrainingFailed(RuntimeError):
 class Run:
     """Plays and learns. Epsilon, learning rate and the updates that are due follow from `counts`.
 
-    env_steps: where a resumed run starts. Here it varies the seeds alone, so that environments in
+    env_steps: where a resumed run starts. Here it only varies the seeds, so that environments in
     worker processes do not repeat their first episodes; `restore` sets all else.
     """
 
@@ -676,7 +676,7 @@ class Run:
         return self.cfg.lr * (1 - 0.9 * min(max(late, 0.0), 1.0))
 
     def update_target(self) -> None:
-        """With target_tau a small step at each update, else a copy every so many episodes."""
+        """With target_tau a small step per update, else a copy per so many episodes' updates."""
         tau = self.cfg.target_tau
         if tau == 0:
             every = self.cfg.target_update_episodes
@@ -875,7 +875,7 @@ class RunFolder:
         self.board.close()
         self.bar.close()
 
-    def between_rounds(self) -> None:
+    def between_rounds(self):
         if self.test_due():
             self.report(measure(self.run))
         if self.run.finished() or time.perf_counter() > self.checkpoint_due:
@@ -913,7 +913,7 @@ class RunFolder:
         if self.bar.disable:
             print(f"{row['env_steps']:>9} steps, {row['seconds']:.0f} s: {text}", flush=True)
 
-    def checkpoint(self) -> None:
+    def checkpoint(self):
         """The next is due in checkpoint_seconds, or after 30 times what this one takes."""
         start = time.perf_counter()
         state = run_state(self.run)

@@ -1500,6 +1500,14 @@ def test_agents_alone_do_what_the_team_does(trained, steps, rows):
         assert torch.equal(found, actions[:, rows])
 
 
+def test_agents_may_be_a_tuple(trained, steps):
+    """Catches: ids that index rows and columns."""
+    obs, avail, actions = steps[0]
+    policy = qmix.load(trained.best)
+    pair, _ = policy.act(obs[:, :2], avail[:, :2], agents=(0, 1))
+    equal(pair, actions[:, :2])
+
+
 def test_one_team_does_what_it_does_among_others(trained, steps):
     """Catches: (N, O) observations laid out wrong, one team's memory taken for another's."""
     policy = qmix.load(trained.best)
