@@ -224,6 +224,7 @@ def describe(env: str, seeds: dict[int, dict]) -> dict[str, str]:
     ends = [scale * run[measure][-last:].mean() for run in runs]
     absolute = [scale * run["absolute"][-1] for run in runs]
     seconds = [run["seconds"][-1] for run in runs]
+    seconds = [value for value in seconds if not np.isnan(value)]  # a run that was suspended
     return {
         "seeds": span(list(seeds), 0) if len(seeds) > 1 else str(min(seeds)),
         "number": str(len(seeds)),

@@ -282,3 +282,14 @@ def test_missing_run_is_one_line(tmp_path, capsys):
     assert plot.main(["--gather", str(tmp_path / "x.csv"), str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x.csv").exists()
+
+
+def test_seconds_that_are_missing_are_left_out():
+    """Catches: nan in a table for a run whose time by the clock means nothing."""
+    columns = ("test_win_rate", "test_return", "absolute")
+    seeds = {}
+    for seed, seconds in ((1, 30.0), (2, np.nan), (3, 50.0)):
+        run = {name: np.ones(3) for name in columns}
+        run["seconds"] = np.array([1.0, seconds])
+        seeds[seed] = run
+    assert plot.describe("skirmish:3m", seeds)["seconds"] == "30 to 50"
