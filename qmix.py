@@ -239,12 +239,13 @@ class Replay:
         slots = torch.randperm(len(self), generator=generator)[:batch_size].to(filled.device)
         lengths, order = filled[slots].sum(1).sort(descending=True, stable=True)
         slots = slots[order]
+        T = int(lengths[0])  # waits for the device, once
         batch = {}
         for name, data in self.data.items():
-            T = int(lengths[0])
+            length = T
             if name in ("obs", "state", "avail"):
-                T += 1  # with what follows the last action
-            batch[name] = data[:, :T][slots]
+                length += 1  # with what follows the last action
+            batch[name] = data[:, :length][slots]
         return batch
 
 
@@ -891,7 +892,7 @@ class RunFolder:
         interval = self.run.cfg.test_interval_steps
         return now // interval > last // interval or (self.run.finished() and now > last)
 
-    def report(self, row: dict) -> None:
+    def report(self, row: dict):
         """Write and show a row; keep the weights if they are the best so far."""
         best = max((each["test_return"] for each in self.rows), default=-math.inf)
         if row["test_return"] > best:
