@@ -21,9 +21,14 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401
 
 import envs
 import qmix
+
+# subtle: an optimizer's first step imports torch.distributed.nn, whose functions keep the group of
+# that time. Imported here, before there is a group, they keep none, and gloo's threads can end with
+# the group. Threads that outlive it abort Python's exit now and then.
 
 
 class DistributedRun(qmix.Run):
@@ -98,6 +103,9 @@ def main(arguments: list[str]) -> int:
     except (envs.UsageError, qmix.TrainingFailed, envs.EnvFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, envs.UsageError) else 1
+    finally:  # NCCL would wait for the other ranks, which may be gone
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -94,8 +94,10 @@ def be_a_rank(folder):
         "due": due,
         "obs": run.replay.data["obs"],
     }
-    torch.save(found, Path(folder) / f"{distributed.dist.get_rank()}.pt")
+    rank = distributed.dist.get_rank()
     distributed.dist.destroy_process_group()
+    found["threads"] = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    torch.save(found, Path(folder) / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,12 @@ def test_counts_are_those_of_all_ranks(ranks):
     rounds = len(ranks[0]["due"])
     assert ranks[0]["counts"]["episodes"] == 4 * rounds
     assert ranks[0]["due"] == ranks[1]["due"] == [0, 1, 0, 1, 0, 1]  # 2 a round, 4 an update
+
+
+def test_no_thread_outlives_the_group(ranks):
+    """Catches: gloo's threads, kept by an import, that abort Python's exit now and then."""
+    for rank in ranks:
+        assert not [name for name in rank["threads"] if "gloo" in name]
 
 
 def test_torchrun_learns_the_two_step_game_and_rank_0_alone_speaks(tmp_path):
