@@ -88,7 +88,7 @@ class TwoStep(Batched):
         self.one_hot = torch.eye(3, device=self.device)
 
     def reset(self) -> Step:
-        self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.steps = torch.tensor(0, device=self.device)
         self.place = torch.zeros(self.n_envs, dtype=torch.int64, device=self.device)  # 0: state 1
         return self.make_step(torch.zeros(self.n_envs, device=self.device))
 
@@ -99,11 +99,10 @@ class TwoStep(Batched):
         return self.make_step(reward)
 
     def make_step(self, reward: Tensor) -> Step:
-        B = self.n_envs
         state = self.one_hot[self.place]  # (B, 3)
         obs = state.unsqueeze(1).repeat(1, 2, 1)  # (B, 2, 3)
-        avail = torch.ones(B, 2, 2, dtype=torch.bool, device=self.device)
-        terminated = (self.steps >= 2).repeat(B)
+        avail = torch.ones(self.n_envs, 2, 2, dtype=torch.bool, device=self.device)
+        terminated = (self.steps >= 2).repeat(self.n_envs)
         truncated = torch.zeros_like(terminated)
         return Step(obs, state, avail, reward, terminated, truncated, {})
 
@@ -174,7 +173,7 @@ class Checkers(Batched):
         self.cell = start.repeat(self.n_envs, 1)  # (B, 2)
         self.board = torch.zeros(self.n_envs, 250, device=self.device)  # without the agents
         self.board[:, self.food_at] = 1
-        self.steps = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.steps = torch.tensor(0, device=self.device)
         return self.make_step(torch.zeros(self.n_envs, device=self.device))
 
     def step(self, actions: Tensor) -> Step:
@@ -411,8 +410,7 @@ class Group:
         state = check("get_state()", state, (n, S))
         avail = check_flags("get_avail_actions()", avail, (n, N, A))
         if not avail.any(-1).all():
-            text = f"get_avail_actions() must leave each agent an action: {avail.tolist()}"
-            raise UsageError(text)
+            raise UsageError(f"get_avail_actions() leaves an agent no action: {avail.tolist()}")
         reward = check("reward", reward, (n,))
         terminated = check_flags("terminated", terminated, (n,))
         late = check_flags("info['episode_limit']", late, (n,))
@@ -434,6 +432,7 @@ class Group:
 
 # ----------------------------------------------------------------------------- worker processes
 START = 60.0  # seconds that a starting worker has beyond the timeout
+MAX_FAILURES = 10  # in a row, of one worker
 GRACE = 10.0  # seconds that a worker may take to close its environments before it is killed
 
 
@@ -490,17 +489,16 @@ class Workers:
     There are at most as many workers as cores, each with its share of the environments; smac's
     games get one each. A worker that dies, hangs (`timeout` seconds for each environment of its
     share, START more for a reset) or raises GameFailure is ended: its running episodes are void,
-    and the next reset starts another. `max_failures` in a row raise EnvFailure; so does any other
+    and the next reset starts another. MAX_FAILURES in a row raise EnvFailure; so does any other
     exception of an environment. UsageError tells what is wrong with its answers. A script that
     uses this needs `if __name__ == "__main__":`.
     """
 
-    def __init__(self, name, n_envs, device, seed, arguments, timeout=120.0, max_failures=10):
+    def __init__(self, name, n_envs, device, seed, arguments, timeout=120.0):
         self.name = name
         self.n_envs = n_envs
         self.device = device
         self.arguments = arguments
-        self.max_failures = max_failures
         self.voided = 0  # episodes
         self.resets = 0
         self.warned = set()
@@ -531,6 +529,9 @@ class Workers:
         process = self.context.Process(target=worker, args=given, daemon=True)
         process.start()
         theirs.close()
+        if self.share > 1:  # otherwise two of them may run on one core while another is idle
+            with contextlib.suppress(AttributeError, OSError):  # macOS; a core that is not ours
+                os.sched_setaffinity(process.pid, {g})
         self.workers[g] = (process, pipe)
 
     def reset(self) -> Step:
@@ -582,8 +583,8 @@ class Workers:
         largest = numbers.abs().max().item()
         if largest > 5 and what not in self.warned:
             self.warned.add(what)
-            advice = "networks learn little from numbers far above 1: divide them"
-            print(f"{self.name}: {what} has numbers up to {largest:g}; {advice}", file=sys.stderr)
+            text = f"{self.name}: {what} has numbers up to {largest:g}; networks learn little from"
+            print(text, "numbers far above 1: divide them", file=sys.stderr)
 
     def ask(self, method: str, given: dict) -> dict:
         """Worker g does method(*given[g]), all at the same time -> {g: answer}.
@@ -626,7 +627,7 @@ class Workers:
         if method == "reset":
             self.voided += 1  # an episode that could not begin
         text = f"{self.name}: worker {g} failed in {method}: {why} ({self.failures[g]} in a row)"
-        if self.failures[g] >= self.max_failures or method == "get_sizes":
+        if self.failures[g] >= MAX_FAILURES or method == "get_sizes":
             raise EnvFailure(text)
         print(text, file=sys.stderr)
 
@@ -735,12 +736,12 @@ def record(env, choose, path) -> None:
     score = 0.0
     for t in range(env.episode_limit + 1):
         axes.clear()
-        env.draw(axes, 0)
+        env.draw(axes)
         axes.set_title(f"step {t}    return {score:.2f}")
         writer.grab_frame()
         if step.terminated[0] or step.truncated[0]:
             break
         actions, memory = choose(step, memory)
         step = env.step(actions)
-        score += float(step.reward[0])
+        score += step.reward[0]
     writer.finish()  # only now an older file is replaced

@@ -241,6 +241,9 @@ class Gymnasium:
         self.vectors = [Vectors(space, env) for space in self.env.observation_space]
         self.n_actions = int(max(space.n for space in self.actions))
         self.width = max(vectors.size for vectors in self.vectors)
+        self.avail = np.zeros((len(self.actions), self.n_actions))
+        for row, space in zip(self.avail, self.actions):
+            row[: space.n] = 1
 
     def get_env_info(self):
         return {
@@ -252,29 +255,31 @@ class Gymnasium:
         }
 
     def reset(self):
-        self.obs, _ = self.env.reset(seed=self.seed)
+        seen, _ = self.env.reset(seed=self.seed)
+        self.obs = self.rows(seen)
         self.seed = None  # later episodes go on with the same random numbers
 
     def step(self, actions):
         plays = tuple(action + int(space.start) for action, space in zip(actions, self.actions))
-        self.obs, rewards, terminated, truncated, _ = self.env.step(plays)
+        seen, rewards, terminated, truncated, _ = self.env.step(plays)
+        self.obs = self.rows(seen)
         over = bool(np.all(np.logical_or(terminated, truncated)))
         return float(np.sum(rewards)), over, {"episode_limit": over and not np.all(terminated)}
 
-    def get_obs(self):
+    def rows(self, seen):
         obs = np.zeros((len(self.vectors), self.width), np.float32)
-        for row, vectors, seen in zip(obs, self.vectors, self.obs):
-            row[: vectors.size] = vectors.vector(seen)
+        for row, vectors, value in zip(obs, self.vectors, seen):
+            row[: vectors.size] = vectors.vector(value)
         return obs
 
+    def get_obs(self):
+        return self.obs
+
     def get_state(self):
-        return np.ravel(self.get_obs())
+        return np.ravel(self.obs)
 
     def get_avail_actions(self):
-        avail = np.zeros((len(self.actions), self.n_actions))
-        for row, space in zip(avail, self.actions):
-            row[: space.n] = 1
-        return avail
+        return self.avail
 
     def render(self):
         if sys.platform == "linux":
