@@ -8,8 +8,8 @@ seeds, with its 95 % bootstrap interval; and the absolute metric: what a run's b
 evaluations, comes to when it is evaluated again, over more episodes.
 
 A CSV has a row for each evaluation of each run. KEYS say which run it is; `flags` is what its
-settings change of the preset. Of the columns that are neither in KEYS nor in NUMBERS, such as the
-machine, nothing is drawn.
+settings change of the preset; `machine` is the processor on which the run was gathered, because
+seconds compare within one machine only. Nothing is drawn of columns that this file does not know.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import platform
 import sys
 import textwrap
 from pathlib import Path
@@ -114,11 +115,21 @@ def absolute_metric(run: Path, config: dict) -> float:
     return found["test_win_rate"]
 
 
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
 def read_run(run: Path) -> list[dict]:
     """The rows of a run's metrics.csv, as a CSV in docs/ has them."""
     config = json.loads((run / "config.json").read_text())
     key = {"env": config["env"], "algo": config["algo"], "seed": str(config["seed"])}
     key["flags"] = flags(config)
+    key["machine"] = processor()
     rows = []
     with open(run / "metrics.csv") as file:
         for measured in csv.DictReader(file):
@@ -145,7 +156,7 @@ def gather(target: Path, runs: list[Path]) -> None:
             table = csv.DictReader(file)
             rows = list(table)
             columns = list(table.fieldnames)
-    columns += [name for name in KEYS + NUMBERS if name not in columns]
+    columns += [name for name in [*KEYS, "machine", *NUMBERS] if name not in columns]
     held = {key_of(row) for row in rows}
     for run in runs:
         added = read_run(run)
