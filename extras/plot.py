@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import json
 import platform
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -358,14 +359,22 @@ def skirmish(name: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
     figure.savefig(DOCS / f"{name}.png", dpi=110)
 
 
+def task(env: str, changed: str) -> str:
+    """The environment that an adapter plays, or else the name and the flags."""
+    played = re.search(r"\benv=(\S+)", changed)
+    if played:
+        return played[1]
+    return f"{env} {changed}".strip()
+
+
 def others() -> None:
-    """A panel for each environment of docs/others.csv, with the flags of its runs."""
+    """A panel for each environment of docs/others.csv."""
     groups = read("others.csv")
     shown = sorted({(env, changed) for env, _, changed in groups})
     figure, grid = panels("greedy return", len(shown))
     for axes, (env, changed) in zip(grid, shown):
         bands(axes, select(groups, env, changed), "test_return")
-        axes.set_title(textwrap.fill(f"{env} {changed}", 70), fontsize=8)
+        axes.set_title(textwrap.fill(task(env, changed), 70), fontsize=9)
     figure.savefig(DOCS / "others.png", dpi=110)
 
 
@@ -374,20 +383,25 @@ def row(*cells) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+COLUMNS = ("seeds", "end", "from ... to", "absolute metric", "seconds")
+
+
 def results() -> list[str]:
-    """The rows of docs/results.md's tables of skirmish."""
+    """The rows of docs/results.md's tables of skirmish and of other environments."""
     wins = table("skirmish.csv")
-    columns = ("seeds", "end", "from ... to", "absolute metric", "seconds")
     lines = []
     for map_name in MAPS:
         for algo in ("coma", "iql", "vdn", "qmix", "vdn-s", "qmix-lin", "qmix-ns"):
             for changed in ("", "--total-steps 600000"):
                 line = wins.get((f"skirmish:{map_name}", algo, changed))
                 if line:
-                    cells = [line[column] for column in columns]
+                    cells = [line[column] for column in COLUMNS]
                     lines.append(row(map_name, f"{algo} {changed}".strip(), *cells))
     lines += beside_the_paper(wins, COMPARED[1:], MAPS)
     lines += beside_the_paper(wins, ABLATIONS, ABLATION_MAPS)
+    if (DOCS / "others.csv").exists():
+        for (env, algo, changed), line in table("others.csv").items():
+            lines.append(row(task(env, changed), algo, *(line[column] for column in COLUMNS)))
     return lines
 
 
