@@ -384,36 +384,39 @@ def row(*cells) -> str:
 
 
 COLUMNS = ("seeds", "end", "from ... to", "absolute metric", "seconds")
+LONGER = "--total-steps 600000"  # on 3s5z
+
+
+def runs() -> list[str]:
+    """The rows of docs/runs.md: every group of runs in the CSVs."""
+    lines = []
+    for name in CSVS:
+        if (DOCS / name).exists():
+            for (env, algo, changed), line in table(name).items():
+                cells = [line[column] for column in COLUMNS]
+                lines.append(row(env, algo, changed, *cells))
+    return lines
 
 
 def results() -> list[str]:
     """The rows of docs/results.md's tables of skirmish and of other environments."""
     wins = table("skirmish.csv")
-    lines = []
-    for map_name in MAPS:
-        for algo in ("coma", "iql", "vdn", "qmix", "vdn-s", "qmix-lin", "qmix-ns"):
-            for changed in ("", "--total-steps 600000"):
-                line = wins.get((f"skirmish:{map_name}", algo, changed))
-                if line:
-                    cells = [line[column] for column in COLUMNS]
-                    lines.append(row(map_name, f"{algo} {changed}".strip(), *cells))
-    lines += beside_the_paper(wins, COMPARED[1:], MAPS)
-    lines += beside_the_paper(wins, ABLATIONS, ABLATION_MAPS)
+    lines = [beside_the_paper(wins, name, "", COMPARED[1:]) for name in MAPS]
+    lines.append(beside_the_paper(wins, "3s5z", LONGER, COMPARED[1:]))
+    lines += [beside_the_paper(wins, name, "", ABLATIONS) for name in ABLATION_MAPS]
     if (DOCS / "others.csv").exists():
         for (env, algo, changed), line in table("others.csv").items():
-            lines.append(row(task(env, changed), algo, *(line[column] for column in COLUMNS)))
+            cells = [line[column] for column in COLUMNS]
+            lines.append(row(task(env, changed), algo, *cells))
     return lines
 
 
-def beside_the_paper(wins: dict, algos: tuple[str, ...], maps: tuple[str, ...]) -> list[str]:
-    lines = []
-    for map_name in maps:
-        cells = []
-        for algo in algos:
-            paper = PAPER[algo][MAPS.index(map_name)]
-            cells.append(f"{wins[f'skirmish:{map_name}', algo, '']['end']} ({paper})")
-        lines.append(row(map_name, *cells))
-    return lines
+def beside_the_paper(wins: dict, map_name: str, changed: str, algos: tuple[str, ...]) -> str:
+    cells = []
+    for algo in algos:
+        paper = PAPER[algo][MAPS.index(map_name)]
+        cells.append(f"{wins[f'skirmish:{map_name}', algo, changed]['end']} ({paper})")
+    return row(f"{map_name} {changed}".strip(), *cells)
 
 
 def readme() -> list[str]:
@@ -439,14 +442,7 @@ def readme() -> list[str]:
 
 def print_tables() -> None:
     print("README.md:", *readme(), "", "docs/results.md:", *results(), sep="\n")
-    for name in CSVS:
-        if not (DOCS / name).exists():
-            continue
-        lines = table(name)
-        columns = next(iter(lines.values()))
-        print(f"\n{name}: env, algo, flags, {', '.join(columns)}")
-        for key, line in lines.items():
-            print(row(*key, *line.values()))
+    print("", f"docs/runs.md: env, algo, flags, {', '.join(COLUMNS)}", *runs(), sep="\n")
 
 
 def draw_figures() -> None:
