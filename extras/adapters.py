@@ -25,8 +25,8 @@ from gymnasium import spaces
 from envs import UsageError
 
 FLAT = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
-LARGEST = 1e6  # a larger bound is none
-# What a name or an argument that is wrong raises
+LARGEST = 1e6  # a larger bound counts as none
+# Errors from a wrong name or a wrong argument
 WRONG = (ImportError, AttributeError, TypeError, ValueError, AssertionError)
 
 
@@ -165,7 +165,7 @@ class PettingZoo:
         cut = [agent for agent in truncated if truncated[agent] and agent not in self.gone]
         self.gone.update(cut)
         going = [agent for agent in self.env.agents if agent not in self.gone]
-        # subtle: whom a time limit cuts off in the last step is still there, and has a value
+        # subtle: agents that the time limit cuts off in the last step count as alive, not as ended
         self.alive = going or cut
         return not going
 
@@ -222,8 +222,8 @@ class Gymnasium:
         except (gymnasium.error.Error, *WRONG) as error:
             raise UsageError(f"env={env}: {error!r}") from None
         self.seed = seed
-        # subtle: at their own limit LBF and RWARE say `terminated`, as at a real end. It is put out
-        # of reach, and gymnasium's TimeLimit says `truncated` instead.
+        # subtle: at their own limit LBF and RWARE say `terminated`, as at a real end. We raise that
+        # limit to 10**9, and gymnasium's TimeLimit says `truncated` instead.
         game = self.env.unwrapped
         own = [self.env.spec.max_episode_steps]
         for attribute in ("_max_episode_steps", "max_steps"):
