@@ -1,4 +1,4 @@
-# Two commands: make train, make test. Each target runs one command, which README.md shows too.
+# Two commands: make train, make test. Each target runs one command.
 PYTHON ?= python3
 RUN = .venv/bin/python
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check
@@ -24,7 +24,7 @@ install-smac: .venv/installed  ## StarCraft's smac, beside the rest; docs/enviro
 	.venv/bin/pip uninstall --quiet --yes enum34
 
 install-envs: .venv/installed  ## mpe2, lbforaging and rware, beside the rest: see docs/environments.md
-	$(PIP) mpe2 lbforaging rware
+	$(PIP) mpe2==1.1.1 lbforaging==2.0.0 rware==2.0.0
 
 train: .venv/installed  ## QMIX on Checkers, against the known optimum
 	$(RUN) qmix.py --env checkers --algo qmix

@@ -215,7 +215,10 @@ def summary(values: list[float], digits: int) -> str:
 
 
 def span(values: list[float], digits: int) -> str:
-    return f"{min(values):,.{digits}f} to {max(values):,.{digits}f}"
+    """As in 95 to 98, or 97 if all are alike."""
+    low = f"{min(values):,.{digits}f}"
+    high = f"{max(values):,.{digits}f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def describe(env: str, seeds: dict[int, dict]) -> dict[str, str]:
@@ -238,7 +241,7 @@ def describe(env: str, seeds: dict[int, dict]) -> dict[str, str]:
     seconds = [run["seconds"][-1] for run in runs]
     seconds = [value for value in seconds if not np.isnan(value)]  # a run that was suspended
     return {
-        "seeds": span(list(seeds), 0) if len(seeds) > 1 else str(min(seeds)),
+        "seeds": span(list(seeds), 0),
         "number": str(len(seeds)),
         "end": summary(ends, digits),
         "from ... to": span(ends, digits),
@@ -367,6 +370,11 @@ def task(env: str, changed: str) -> str:
     return f"{env} {changed}".strip()
 
 
+def by_task(key: tuple[str, str, str]):
+    env, algo, changed = key
+    return task(env, changed), list(LINES).index(algo)
+
+
 def others() -> None:
     """A panel for each environment of docs/others.csv."""
     groups = read("others.csv")
@@ -405,8 +413,9 @@ def results() -> list[str]:
     lines.append(beside_the_paper(wins, "3s5z", LONGER, COMPARED[1:]))
     lines += [beside_the_paper(wins, name, "", ABLATIONS) for name in ABLATION_MAPS]
     if (DOCS / "others.csv").exists():
-        for (env, algo, changed), line in table("others.csv").items():
-            cells = [line[column] for column in COLUMNS]
+        found = table("others.csv")
+        for env, algo, changed in sorted(found, key=by_task):
+            cells = [found[env, algo, changed][column] for column in COLUMNS]
             lines.append(row(task(env, changed), algo, *cells))
     return lines
 

@@ -157,6 +157,8 @@ def test_few_seeds_are_told_one_by_one():
     """Catches: an interval of two or four seeds, which says nothing."""
     assert plot.summary([1.0, 2.5, 30.0, 4.0], 1) == "1.0, 2.5, 30.0, 4.0"
     assert plot.summary([90.0, 10, 20, 30, 40], 0).startswith("30 [")
+    assert plot.span([99.6, 1200.0], 0) == "100 to 1,200"
+    assert plot.span([99.6, 100.0], 0) == "100"
 
 
 def a_run(**columns) -> dict:
