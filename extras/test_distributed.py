@@ -173,6 +173,18 @@ def test_a_rank_that_dies_ends_the_other(tmp_path):
     assert first.returncode == 1, err
 
 
+def test_a_failure_ends_the_group_too(tmp_path):
+    """Catches: gloo's threads, left after an error, that abort Python's exit now and then."""
+    code = "import sys; from extras import distributed; code = distributed.main(sys.argv[1:])"
+    (tmp_path / "file").touch()  # no folder for a run
+    flags = ["--env", "two-step", "--device", "cpu", "--out", tmp_path / "file"]
+    ask = "; print(code, distributed.dist.is_initialized())"
+    first, second = start_ranks("-c", code + ask, *flags)
+    out, err = first.communicate(timeout=PATIENCE)
+    second.communicate(timeout=PATIENCE)
+    assert out.split()[-2:] == ["2", "False"], err
+
+
 def test_sigterm_to_torchrun_ends_all(tmp_path):
     """Catches: ranks that go on without torchrun."""
     flags = "--env two-step --total-steps 1000000000 --device cpu --out".split()
