@@ -157,7 +157,8 @@ class PettingZoo:
         self.obs, rewards, terminated, truncated, self.infos = self.env.step(plays)
         self.steps += 1
         over = self.ends(terminated, truncated) or self.steps >= self.limit
-        return sum(rewards.values()), over, {"episode_limit": over and len(self.alive) > 0}
+        cut = over and len(self.alive) > 0  # some agent was not at its end
+        return sum(rewards.values()), over, {"episode_limit": cut}
 
     def ends(self, terminated: dict, truncated: dict) -> bool:
         """Note who is still alive. True if nobody goes on."""
