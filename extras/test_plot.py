@@ -74,7 +74,13 @@ def test_gathered_runs_are_sorted_and_whole(tmp_path):
     assert [float(row["loss"]) for row in rows] == 2 * LOSSES
     assert [row["test_return"] for row in rows] == 6 * ["0.333333"]
     assert [row["absolute"] != "" for row in rows] == 2 * [False, False, True]
-    assert {row["machine"] for row in rows} == {plot.processor()} != {""}
+
+
+def test_gathered_runs_name_the_machine(tmp_path):
+    """Catches: a column that stays empty, so that seconds of two machines are compared."""
+    first = plot.read_run(make_qmix_run(tmp_path / "run"))[0]
+    assert first["machine"] == plot.processor()
+    assert first["machine"]
 
 
 def test_gathering_leaves_what_is_there(tmp_path):
