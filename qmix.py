@@ -442,8 +442,8 @@ def gradient_step(
 # ------------------------------------------------------------------------------ the settings
 # The numbers that Config below accepts: {fields: (smallest, largest)}
 BOUNDS = {
-    "total_steps buffer_size target_update_episodes epsilon_anneal_steps": (1, 10**12),
-    "hidden_dim mixing_dim test_interval_steps test_episodes": (1, 10**12),
+    "total_steps buffer_size target_update_episodes epsilon_anneal_steps hidden_dim "
+    "mixing_dim test_interval_steps test_episodes": (1, 10**12),
     "seed threads hypernet_dim": (0, 2**63 - 1),
     "gamma td_lambda target_tau epsilon_start epsilon_finish epsilon_spread": (0.0, 1.0),
     "lr reward_scale grad_clip episodes_per_update env_timeout": (1e-9, 1e9),
@@ -514,7 +514,7 @@ class Config:
     def check(self, name: str, smallest: float, largest: float) -> None:
         value = getattr(self, name)
         kind = type(smallest)  # the field's type is that of its bounds; an int always passes
-        if not isinstance(value, (int, kind)) or not smallest <= value <= largest:
+        if not isinstance(value, int | kind) or not smallest <= value <= largest:
             expected = f"{kind.__name__} from {smallest} to {largest}"
             raise envs.UsageError(f"--{name.replace('_', '-')} must be {expected}, not {value!r}")
 
@@ -576,6 +576,8 @@ PRESETS = {
         "test_interval_steps": 20_000,
         "threads": 1,
     },
+    # This map needs longer runs; all else as above
+    "skirmish:3s5z": {"total_steps": 600_000},
 }
 
 
@@ -586,7 +588,7 @@ def configure(env: str, **given) -> Config:
         name = "checkers"  # one preset for all variants
     if env.startswith("skirmish:"):
         name = "skirmish"  # and for all maps
-    settings = {**PRESETS.get(name, {}), **given}
+    settings = {**PRESETS.get(name, {}), **PRESETS.get(env, {}), **given}
     return Config(env=env, **settings)
 
 
@@ -788,7 +790,7 @@ def checkpoint_errors(path: str | Path):
 
 def policy_state(run: Run) -> dict:
     """What acting needs: `load` makes a Policy of it."""
-    names = ("obs_dim", "n_actions", "n_agents")
+    names = "obs_dim n_actions n_agents".split()
     return {
         "config": dataclasses.asdict(run.cfg),
         "sizes": {name: getattr(run.env, name) for name in names},
@@ -989,12 +991,12 @@ class Policy:
         expected = (len(ids), self.agent.obs_dim)
         if obs.shape[-2:] != expected:
             raise envs.UsageError(f"obs must be (.., {expected}), not {tuple(obs.shape)}")
+        teams = obs.reshape(-1, *expected)  # (B, N, O)
         expected = (*obs.shape[:-1], self.agent.n_actions)
         if avail.shape != expected:
             raise envs.UsageError(f"avail must be {expected}, not {tuple(avail.shape)}")
         if not (obs.isfinite().all() and avail.any(-1).all()):
             raise envs.UsageError("obs must be finite, and avail must leave each agent an action")
-        teams = obs.reshape(-1, *obs.shape[-2:])  # (B, N, O)
         masks = avail.reshape(-1, *avail.shape[-2:])  # (B, N, A)
         actions, memory = act(self.agent, teams, masks, memory, agents=agents)
         return actions.view(avail.shape[:-1]), memory

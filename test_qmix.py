@@ -1409,6 +1409,13 @@ def test_presets_are_for_their_environments(env, preset):
     assert qmix.configure(env) == qmix.Config(env, **qmix.PRESETS[preset])
 
 
+def test_3s5z_has_the_preset_of_all_maps_but_longer_runs():
+    """Catches: a map's own preset that is never found, or that drops the family's."""
+    expected = qmix.Config("skirmish:3s5z", **qmix.PRESETS["skirmish"])
+    expected.total_steps = 600_000
+    assert qmix.configure("skirmish:3s5z") == expected
+
+
 @parametrize("env", ["checkers:Game", "checkers_mine:Game", "skirmisher:Game"])
 def test_presets_are_for_no_other_environment(env):
     """Catches: a preset that reaches a reader's own module."""

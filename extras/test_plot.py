@@ -159,6 +159,12 @@ def test_interval_is_the_bootstraps_of_the_interquartile_mean():
     assert low.shape == (2,)
 
 
+def test_length_of_a_run_without_a_preset():
+    """Catches: a run of the default length that breaks the table."""
+    assert plot.length("--lr 1 --total-steps 75000") == 75_000
+    assert plot.length("--lr 1") == 2_000_000
+
+
 def test_few_seeds_are_told_one_by_one():
     """Catches: an interval of two or four seeds, which says nothing."""
     assert plot.summary([1.0, 2.5, 30.0, 4.0], 1) == "1.0, 2.5, 30.0, 4.0"
@@ -183,6 +189,13 @@ def test_end_of_a_run():
     assert line["end"] == "50, 50"
     assert line["absolute metric"] == "50, 50"
     assert line["seeds"] == "1 to 3"
+
+
+def test_best_is_that_of_the_mean_over_seeds():
+    """Catches: the mean of each run's own best evaluation, which is higher."""
+    first = a_run(test_return=[0, 4.0, 1, 0, 9])
+    second = a_run(test_return=[0, 1.0, 5, 0])
+    assert plot.describe("smac:3m", {1: first, 2: second})["best"] == "3.00"
 
 
 # --------------------------------------------------------------------------- texts, figures
@@ -234,7 +247,7 @@ def test_axes_have_names(monkeypatch):
 def test_legends_name_every_curve_and_its_seeds(monkeypatch):
     """Catches: a curve without an entry, a figure that does not tell seeds or what a band is."""
     figures = saved_figures(monkeypatch)
-    plot.skirmish("skirmish", plot.COMPARED, plot.MAPS)
+    plot.skirmish("skirmish", plot.COMPARED, dict.fromkeys(plot.MAPS, ""))
     assert plot.BAND in figures["skirmish.png"].get_suptitle()
     for axes in figures["skirmish.png"].axes:
         texts = [text.get_text() for text in axes.get_legend().get_texts()]
@@ -246,7 +259,7 @@ def test_legends_name_every_curve_and_its_seeds(monkeypatch):
 def test_curves_are_those_of_their_algorithm_and_map(monkeypatch):
     """Catches: algorithms or maps exchanged in a figure, runs with other flags among them."""
     figures = saved_figures(monkeypatch)
-    plot.skirmish("skirmish", plot.COMPARED, plot.MAPS)
+    plot.skirmish("skirmish", plot.COMPARED, dict.fromkeys(plot.MAPS, ""))
     groups = plot.read("skirmish.csv")
     for axes in figures["skirmish.png"].axes:
         ends = {line.get_label().split(" ")[0]: line.get_ydata()[-1] for line in axes.get_lines()}
