@@ -234,12 +234,17 @@ def span(values: list[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def best(curves: list[np.ndarray]) -> float:
+    """The mean over the runs at the evaluation at which it is highest."""
+    shortest = min(len(curve) for curve in curves)
+    return np.mean([curve[:shortest] for curve in curves], axis=0).max()
+
+
 def describe(env: str, seeds: dict[int, dict]) -> dict[str, str]:
     """What the tables tell of runs that differ in their seeds alone: {column: text}.
 
     Wins in %, or returns where there is no battle. `end` is the mean of a run's last three
     evaluations. On Checkers, where all episodes of an evaluation are the same, it is the last one.
-    `best` is the mean over the seeds at the evaluation at which it is highest.
     """
     runs = [seeds[seed] for seed in sorted(seeds)]
     measure = "test_win_rate"
@@ -252,8 +257,6 @@ def describe(env: str, seeds: dict[int, dict]) -> dict[str, str]:
     last = 1 if env.startswith("checkers") else 3
     ends = [scale * run[measure][-last:].mean() for run in runs]
     absolute = [scale * run["absolute"][-1] for run in runs]
-    shortest = min(len(run[measure]) for run in runs)
-    means = np.mean([run[measure][:shortest] for run in runs], axis=0)
     seconds = [run["seconds"][-1] for run in runs]
     seconds = [value for value in seconds if not np.isnan(value)]  # a run that was suspended
     return {
@@ -262,7 +265,7 @@ def describe(env: str, seeds: dict[int, dict]) -> dict[str, str]:
         "end": summary(ends, digits),
         "from ... to": span(ends, digits),
         "absolute metric": summary(absolute, digits),
-        "best": f"{scale * means.max():.{digits}f}",
+        "best": f"{scale * best([run[measure] for run in runs]):.{digits}f}",
         "seconds": span(seconds, 0),
     }
 
