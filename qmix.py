@@ -62,11 +62,11 @@ class Agent(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, n_actions)
 
     def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor | None = None, agents=None):
-        """Q-values of T rows of obs: a whole episode in the loss, T = 1 when acting.
+        """Q-values of T steps: a whole episode in the loss, T = 1 when acting.
 
         obs: (B, T, N, O) float32.
         last_actions: (B, T, N) int64, -1 where there is none yet.
-        hidden: (1, B*N, H) of the row before, None (zeros) at the start of an episode.
+        hidden: (1, B*N, H) of the step before, None (zeros) at the start of an episode.
         agents: the ids of the agents in obs, [2] if agent 2 acts alone, None for all.
         Returns q (B, T, N, A) and the new hidden.
         """
@@ -97,13 +97,16 @@ def hypernet(state_dim: int, hidden_dim: int, n_weights: int) -> nn.Module:
 
 # A mixer maps q (B, T, N), the values of the chosen actions, and state (B, T, S) to Q_tot
 # (B, T, 1). It must not fall in any q: then each agent's best action is the team's (Eq. 4, 5).
+# All mixers are made and called alike, so some ignore arguments.
+
+
 class QMIX(nn.Module):
     """One hidden layer; its weights are non-negative functions of the state (Figure 2a, Eq. 5)."""
 
     def __init__(self, n_agents: int, state_dim: int, mixing_dim: int, hypernet_dim: int):
         super().__init__()
         self.w1 = hypernet(state_dim, hypernet_dim, n_agents * mixing_dim)
-        self.b1 = nn.Linear(state_dim, mixing_dim)
+        self.b1 = nn.Linear(state_dim, mixing_dim)  # a bias, of any sign: linear in both papers
         self.w2 = hypernet(state_dim, hypernet_dim, mixing_dim)
         # V(s), the final bias, of any sign. Its hidden layer has E units in ICML and JMLR alike.
         self.v = hypernet(state_dim, mixing_dim, 1)
@@ -239,7 +242,7 @@ class Replay:
         slots = torch.randperm(len(self), generator=generator)[:batch_size].to(filled.device)
         lengths, order = filled[slots].sum(1).sort(descending=True, stable=True)
         slots = slots[order]
-        T = int(lengths[0])  # waits for the device, once
+        T = int(lengths[0])  # waits for the device
         batch = {}
         for name, data in self.data.items():
             length = T
@@ -294,7 +297,7 @@ def rollout(env, choose) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     facts = {}
     memory = None
     running = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
-    while len(actions) < env.episode_limit and running.any():  # the replay has room for no more
+    while len(actions) < env.episode_limit and running.any():  # no room for more: like a time limit
         chosen, memory = choose(step, memory)
         step = env.step(chosen)  # where an episode is over, the environment returns padding
         steps.append(step)
@@ -326,21 +329,22 @@ def rollout(env, choose) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 # ---------------------------------------------------------------------------------- the loss
 def unroll(agent: Agent, obs: Tensor, last_actions: Tensor, lengths: list[int]) -> Tensor:
-    """The same as agent(obs, last_actions)[0], (B, T, N, A), but faster on a CPU.
+    """agent(obs, last_actions)[0], (B, T, N, A), in the steps that count, but faster on a CPU.
 
-    It goes 16 rows at a time, which stay in the processor's cache, and leaves out episodes that
-    are over. lengths: how many rows of each episode count; q is right in these alone. Any order
+    It goes 16 steps at a time, which stay in the processor's cache, and leaves out episodes that
+    are over. lengths: how many steps of each episode count; q is right in these alone. Any order
     will do, but it is fast if the longest episodes come first.
     """
     B, T, N, _ = obs.shape
     pieces = []
     hidden = None
     for t in range(0, T, 16):
+        # The first n episodes include all that still run; n never grows
         n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)  # 1: all are over
         if hidden is not None:
-            hidden = hidden[:, : n * N]
+            hidden = hidden[:, : n * N]  # b*N .. b*N + N-1 are the agents of episode b
         q, hidden = agent(obs[:n, t : t + 16], last_actions[:n, t : t + 16], hidden)
-        pieces.append(F.pad(q, (0, 0, 0, 0, 0, 0, 0, B - n)))  # zeros: (B, 16, N, A) again
+        pieces.append(F.pad(q, (0, 0, 0, 0, 0, 0, 0, B - n)))  # zeros: B episodes again
     return torch.cat(pieces, dim=1)
 
 
@@ -351,8 +355,9 @@ def td_targets(
 
     lam = 0: y_t = r_t + gamma * q_next_t, the target of Eq. 6.
     lam > 0: y_t = r_t + gamma * ((1 - lam) * q_next_t + lam * y_{t+1}), Peng's Q(lambda).
-    In both, y_t = r_t where the episode terminated. All tensors are float (B, T, 1), but for IQL
-    q_next and the result are (B, T, N).
+    In both, y_t = r_t where the episode terminated; the last step of a truncated episode has the
+    target of Eq. 6.
+    All tensors are float (B, T, 1), but for IQL q_next and the result are (B, T, N).
     """
     if lam == 0:
         return reward + gamma * (1 - terminated) * q_next
@@ -395,7 +400,7 @@ def td_loss(
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first
     lengths = (batch["filled"].sum(1) + 1).tolist()  # with the observation after the last action
 
-    q = unroll(team.agent, obs, last_actions, lengths)  # (B, T+1, N, A)
+    q = unroll(team.agent, obs, last_actions, lengths)  # (B, T+1, N, A); its last: departure 2
     q_chosen = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
     q_tot = team.mixer(q_chosen, state[:, :-1])  # (B, T, 1); IQL (B, T, N)
 
@@ -429,7 +434,7 @@ def gradient_step(
     batch: dict[str, Tensor],
     cfg: Config,
 ) -> Tensor:
-    """One update of agents and mixer. Returns the four STATS, (4,), of the scaled reward."""
+    """One update of agents and mixer. Returns the four STATS, (4,), in units of scaled reward."""
     batch = dict(batch, reward=batch["reward"] * cfg.reward_scale)
     loss, q_tot, target = td_loss(team, target_team, batch, cfg.gamma, cfg.double_q, cfg.td_lambda)
     optimizer.zero_grad()
@@ -440,7 +445,7 @@ def gradient_step(
 
 
 # ------------------------------------------------------------------------------ the settings
-# The numbers that Config below accepts: {fields: (smallest, largest)}
+# What Config below accepts: {names of fields: (smallest, largest)}; both have the field's type
 BOUNDS = {
     "total_steps buffer_size target_update_episodes epsilon_anneal_steps hidden_dim "
     "mixing_dim test_interval_steps test_episodes": (1, 10**12),
@@ -460,9 +465,9 @@ class Config:
     defaults below, whatever the environment needs.
     """
 
-    env: str  # two-step, checkers, skirmish:MAP, smac:MAP, ma_gym:ID, module:Class
+    env: str  # two-step, checkers, checkers-v1, skirmish:MAP, smac:MAP, ma_gym:ID, module:Class
     env_args: tuple[str, ...] = ()  # key=value ...: arguments of smac, ma_gym and module:Class
-    env_timeout: float = 120.0  # seconds that each of these has for a step; a reset: 60 more
+    env_timeout: float = 120.0  # seconds that one of these has for a step; a reset: 60 more
     algo: str = "qmix"  # iql, vdn, qmix, vdn-s, qmix-lin, qmix-ns
     seed: int = 1  # seeds the weights, the environments, exploration and sampling
     total_steps: int = 2_000_000  # length of the run: steps, summed over the environments (SMAC)
@@ -505,7 +510,7 @@ class Config:
             for name in names.split():
                 self.check(name, smallest, largest)
         self.check("batch_size", 1, self.buffer_size)
-        self.check("num_envs", 1, self.buffer_size)
+        self.check("num_envs", 1, self.buffer_size)  # a round must fit into the replay
         if self.epsilon_spread > 0:
             self.check("epsilon_finish", 1e-9, self.epsilon_spread)
         self.check_choice("algo", list(MIXERS))
@@ -513,7 +518,7 @@ class Config:
 
     def check(self, name: str, smallest: float, largest: float) -> None:
         value = getattr(self, name)
-        kind = type(smallest)  # the field's type is that of its bounds; an int always passes
+        kind = type(smallest)  # the field's type is that of its bounds; an int will do for a float
         if not isinstance(value, int | kind) or not smallest <= value <= largest:
             expected = f"{kind.__name__} from {smallest} to {largest}"
             raise envs.UsageError(f"--{name.replace('_', '-')} must be {expected}, not {value!r}")
@@ -633,13 +638,14 @@ class Run:
     def epsilon(self, draws: Tensor) -> Tensor:
         """The chance of a random action: linear from epsilon_start to epsilon_finish.
 
-        With epsilon_spread, no agent's epsilon falls below a floor that it has for the episode:
-        finish * (spread / finish) ** draw. draws: uniform in [0, 1); returns their shape.
+        With epsilon_spread each agent has a floor of its own in each episode, log-uniform between
+        finish and spread: finish * (spread / finish) ** draw. Its epsilon falls no lower.
+        draws: uniform in [0, 1); returns their shape.
         """
         start = self.cfg.epsilon_start
         finish = self.cfg.epsilon_finish
-        done = min(1.0, self.counts["env_steps"] / self.cfg.epsilon_anneal_steps)
-        epsilon = torch.full_like(draws, start + done * (finish - start))
+        progress = min(1.0, self.counts["env_steps"] / self.cfg.epsilon_anneal_steps)
+        epsilon = torch.full_like(draws, start + progress * (finish - start))
         if self.cfg.epsilon_spread > 0:
             epsilon = epsilon.maximum(finish * (self.cfg.epsilon_spread / finish) ** draws)
         return epsilon
@@ -679,11 +685,14 @@ class Run:
         return self.cfg.lr * (1 - 0.9 * min(max(late, 0.0), 1.0))
 
     def update_target(self) -> None:
-        """With target_tau a small step per update, else a copy per so many episodes' updates."""
+        """With target_tau a small step per update, else a copy per target_update_episodes.
+
+        These are counted as updates * episodes_per_update: without the wait for the first batch.
+        """
         tau = self.cfg.target_tau
         if tau == 0:
             every = self.cfg.target_update_episodes
-            now = self.counts["updates"] * self.cfg.episodes_per_update  # episodes
+            now = self.counts["updates"] * self.cfg.episodes_per_update  # episodes learned from
             before = (self.counts["updates"] - 1) * self.cfg.episodes_per_update
             if now // every == before // every:
                 return  # this update has passed no multiple of `every`
@@ -692,7 +701,7 @@ class Run:
             target.lerp_(live.detach(), tau)
 
     def learn(self) -> None:
-        """The updates that are due. Raises TrainingFailed if a loss or gradient is not finite."""
+        """The updates that are due. Raises TrainingFailed if one of the STATS is not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
         stats = []
@@ -748,7 +757,7 @@ def greedy_episodes(env, choose, n: int) -> dict:
         "test_win_rate": means.get("battle_won"),
         "dead_allies": means.get("dead_allies"),
         "dead_enemies": means.get("dead_enemies"),
-        "mean_length": means["length"],
+        "mean_length": means["length"],  # no column of metrics.csv; --evaluate prints it
     }
 
 
@@ -764,7 +773,7 @@ def measure(run: Run) -> dict:
         **run.counts,
         "seconds": time.perf_counter() - run.began,
         "voided": getattr(run.env, "voided", 0),
-        "epsilon": run.epsilon(torch.linspace(0, 1, 101)).mean().item(),  # mean over agents
+        "epsilon": run.epsilon(torch.linspace(0, 1, 101)).mean().item(),  # mean over all draws
     }
     for name, generator in run.generators.items():
         generator.set_state(before[name])
@@ -789,7 +798,7 @@ def checkpoint_errors(path: str | Path):
 
 
 def policy_state(run: Run) -> dict:
-    """What acting needs: `load` makes a Policy of it."""
+    """What acting needs: `read_checkpoint` and `load` make a Policy of it."""
     names = "obs_dim n_actions n_agents".split()
     return {
         "config": dataclasses.asdict(run.cfg),
@@ -843,7 +852,10 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A file, or a run directory's last checkpoint. weights_only: a file cannot run code."""
+    """A file, or a run directory's last checkpoint, with its config as a Config.
+
+    weights_only: a file cannot run code.
+    """
     path = Path(path)
     if path.is_dir():
         path = path / "checkpoint.pt"
@@ -871,8 +883,8 @@ class RunFolder:
             raise envs.UsageError(f"--out cannot be used: {error}") from None
         start = run.counts["env_steps"]
         self.board = SummaryWriter(path, purge_step=start)
-        self.bar = tqdm(initial=start, total=run.cfg.total_steps, disable=None)  # if a terminal
-        self.checkpoint()
+        self.bar = tqdm(initial=start, total=run.cfg.total_steps, disable=None)  # if no terminal
+        self.checkpoint()  # now, to see that it can be written
 
     def close(self):
         self.board.close()
@@ -917,7 +929,9 @@ class RunFolder:
             print(f"{row['env_steps']:>9} steps, {row['seconds']:.0f} s: {text}", flush=True)
 
     def checkpoint(self):
-        """The next is due in checkpoint_seconds, or after 30 times what this one takes."""
+        """Write it. The next is due in checkpoint_seconds, or in 30 times what this one takes if
+        that is longer: saving takes a thirtieth of the time at most.
+        """
         start = time.perf_counter()
         state = run_state(self.run)
         state["rows"] = self.rows
@@ -929,9 +943,9 @@ class RunFolder:
 def train(cfg: Config, resume: bool = False, run_class=Run) -> dict:
     """Train in the directory cfg.out; resume: go on with the run that is there.
 
-    A resumed run writes the same numbers as one that never stopped; only environments in worker
-    processes play other episodes. Returns the facts of the result line. Raises UsageError,
-    TrainingFailed or envs.EnvFailure.
+    On the same kind of device a resumed run writes the same numbers as one that never stopped; only
+    environments in worker processes play other episodes. run_class: a subclass of Run. Returns the
+    facts of the result line. Raises UsageError, TrainingFailed or envs.EnvFailure.
     """
     name = f"{cfg.env}-{cfg.algo}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     path = Path(cfg.out or "runs/" + name.replace(":", "-"))
@@ -1059,7 +1073,7 @@ def parse(arguments: list[str]) -> Command:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--env", "--resume", "--evaluate"):
         first.add_argument(flag)
-    known, _ = first.parse_known_args(arguments)
+    known, _ = first.parse_known_args(arguments)  # these decide the defaults of all others
     saved = known.resume or known.evaluate
     if saved:
         config = read_checkpoint(saved)["config"]
