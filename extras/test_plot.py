@@ -215,8 +215,7 @@ def test_tables_leave_out_no_algorithm_and_no_map():
     lines = plot.readme()
     first = [line.split(" | ")[0].strip("| ") for line in lines]
     assert first == sorted(set(qmix.MIXERS) - {"coma"}) + list(plot.MAPS)
-    csvs = [name for name in plot.CSVS if (plot.DOCS / name).exists()]
-    groups = [key for name in csvs for key in plot.read(name)]
+    groups = [key for name in plot.CSVS for key in plot.read(name)]
     assert len(set(plot.runs())) == len(groups)
 
 
@@ -260,11 +259,13 @@ def test_curves_are_those_of_their_algorithm_and_map(monkeypatch):
     """Catches: algorithms or maps exchanged in a figure, runs with other flags among them."""
     figures = saved_figures(monkeypatch)
     plot.skirmish("skirmish", plot.COMPARED, dict.fromkeys(plot.MAPS, ""))
+    plot.skirmish("ablations", plot.ABLATIONS, plot.ABLATION_RUNS)
     groups = plot.read("skirmish.csv")
-    for axes in figures["skirmish.png"].axes:
+    for axes in [*figures["skirmish.png"].axes, *figures["ablations.png"].axes]:
+        env, _, changed = axes.get_title().partition(" ")
         ends = {line.get_label().split(" ")[0]: line.get_ydata()[-1] for line in axes.get_lines()}
         for algo in ends.keys() - {"heuristic"}:
-            seeds = groups[axes.get_title(), algo, ""].values()
+            seeds = groups[env, algo, changed].values()
             last = [run["test_win_rate"][-1] for run in seeds]
             assert min(last) - 0.05 <= ends[algo] <= max(last) + 0.05
 
