@@ -679,8 +679,8 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError):  # the latter: torch without CUDA
+        return torch.Generator(device).device  # "meta", which only has shapes, has none
+    except RuntimeError:
         raise UsageError(f"--device must be auto, cpu or cuda, not {device!r}") from None
 
 

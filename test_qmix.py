@@ -1751,7 +1751,7 @@ def test_a_batched_class_of_the_current_directory_is_not_found(tmp_path, monkeyp
     assert env.given == {"n_envs": 7, "device": torch.device("cpu"), "seed": 5, "size": 9}
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
 def test_a_device_that_should_be_refused(device):
     """Catches: a traceback of torch, or another device in silence."""
     with pytest.raises(envs.UsageError, match=f"^--device must be .*, not '{device}'$"):
