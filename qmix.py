@@ -23,7 +23,8 @@ Departures from the paper, each marked in the code:
   1. hyper-networks have a hidden layer, as in JMLR (arXiv 2003.08839) and the authors' code
   2. double Q-learning in the target, as in the authors' code
   3. a round is an episode in each of several environments; then the updates for them follow
-  4. PRESETS: what the small environments need instead of the authors' numbers for StarCraft
+  4. PRESETS: the small environments have other numbers than the authors' for StarCraft, and
+     switch on what Config's defaults leave out, such as Q(lambda) and a target that moves slowly
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Agent(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, n_actions)
 
     def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor | None = None, agents=None):
-        """Q-values of T steps: a whole episode in the loss, T = 1 when acting.
+        """Q-values of T steps: up to 16 at a time in the loss (`unroll`), T = 1 when acting.
 
         obs: (B, T, N, O) float32.
         last_actions: (B, T, N) int64, -1 where there is none yet.
@@ -84,20 +85,22 @@ class Agent(nn.Module):
         return q.transpose(0, 1), hidden
 
 
-def hypernet(state_dim: int, hidden_dim: int, n_weights: int) -> nn.Module:
+def hypernet(state_dim: int, hidden_dim: int, n_outputs: int) -> nn.Module:
     """A network that maps the state to weights of another network (Ha et al. 2017).
 
-    Departure 1: one hidden layer (JMLR, the authors' code). hidden_dim = 0: none (ICML).
+    Departure 1: w1 and w2 of QMIX have one hidden layer (JMLR, the authors' code).
+    hidden_dim = 0: none (ICML).
     """
     if hidden_dim == 0:
-        return nn.Linear(state_dim, n_weights)
+        return nn.Linear(state_dim, n_outputs)
     first = nn.Linear(state_dim, hidden_dim)
-    return nn.Sequential(first, nn.ReLU(), nn.Linear(hidden_dim, n_weights))
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(hidden_dim, n_outputs))
 
 
 # A mixer maps q (B, T, N), the values of the chosen actions, and state (B, T, S) to Q_tot
-# (B, T, 1). It must not fall in any q: then each agent's best action is the team's (Eq. 4, 5).
-# All mixers are made and called alike, so some ignore arguments.
+# (B, T, 1); only IQL returns (B, T, N). Q_tot must never fall when one of the q rises: then each
+# agent's best action is the team's (Eq. 4, 5). All are made and called alike, so some ignore
+# arguments.
 
 
 class QMIX(nn.Module):
@@ -108,7 +111,7 @@ class QMIX(nn.Module):
         self.w1 = hypernet(state_dim, hypernet_dim, n_agents * mixing_dim)
         self.b1 = nn.Linear(state_dim, mixing_dim)  # a bias, of any sign: linear in both papers
         self.w2 = hypernet(state_dim, hypernet_dim, mixing_dim)
-        # V(s), the final bias, of any sign. Its hidden layer has E units in ICML and JMLR alike.
+        # V(s), the final bias, of any sign. ICML and JMLR both give it a hidden layer of E units.
         self.v = hypernet(state_dim, mixing_dim, 1)
 
     def forward(self, q: Tensor, state: Tensor) -> Tensor:
@@ -214,8 +217,6 @@ class Replay:
         self.capacity = capacity
         self.added = 0  # episodes, ever
         self.data = {}
-        size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
-        print(f"replay: {capacity} episodes, {capacity * size / 2**20:,.1f} MiB on {device}")
         try:
             for name, (shape, dtype) in layout.items():
                 tensor = torch.empty(capacity, *shape, dtype=dtype, device=device)
@@ -237,7 +238,9 @@ class Replay:
         self.added += B
 
     def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Different episodes, the longest first (for `unroll`), all cut to its length."""
+        """Different episodes, all cut to the longest one's length. It comes first: `unroll` is
+        faster then.
+        """
         filled = self.data["filled"]
         slots = torch.randperm(len(self), generator=generator)[:batch_size].to(filled.device)
         lengths, order = filled[slots].sum(1).sort(descending=True, stable=True)
@@ -297,14 +300,15 @@ def rollout(env, choose) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     facts = {}
     memory = None
     running = torch.ones(env.n_envs, dtype=torch.bool, device=env.device)
-    while len(actions) < env.episode_limit and running.any():  # no room for more: like a time limit
+    # An episode that still runs at episode_limit is cut off, as by a time limit
+    while len(actions) < env.episode_limit and running.any():
         chosen, memory = choose(step, memory)
         step = env.step(chosen)  # where an episode is over, the environment returns padding
         steps.append(step)
         actions.append(chosen)
         filled.append(running)
         for name, value in step.info.items():
-            before = facts.get(name, value)
+            before = facts.get(name, value)  # a fact may appear late
             facts[name] = torch.where(running, value, before)  # an ended episode keeps its last
         running = running & ~(step.terminated | step.truncated)  # a new tensor: filled has the old
 
@@ -340,11 +344,13 @@ def unroll(agent: Agent, obs: Tensor, last_actions: Tensor, lengths: list[int]) 
     hidden = None
     for t in range(0, T, 16):
         # The first n episodes include all that still run; n never grows
-        n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)  # 1: all are over
+        n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)  # 1 if none does
         if hidden is not None:
             hidden = hidden[:, : n * N]  # b*N .. b*N + N-1 are the agents of episode b
         q, hidden = agent(obs[:n, t : t + 16], last_actions[:n, t : t + 16], hidden)
-        pieces.append(F.pad(q, (0, 0, 0, 0, 0, 0, 0, B - n)))  # zeros: B episodes again
+        pieces.append(
+            F.pad(q, (0, 0, 0, 0, 0, 0, 0, B - n))
+        )  # zeros at the end of axis B: B episodes again
     return torch.cat(pieces, dim=1)
 
 
@@ -400,7 +406,8 @@ def td_loss(
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first
     lengths = (batch["filled"].sum(1) + 1).tolist()  # with the observation after the last action
 
-    q = unroll(team.agent, obs, last_actions, lengths)  # (B, T+1, N, A); its last: departure 2
+    # (B, T+1, N, A); the last step's are for q_next alone
+    q = unroll(team.agent, obs, last_actions, lengths)
     q_chosen = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
     q_tot = team.mixer(q_chosen, state[:, :-1])  # (B, T, 1); IQL (B, T, N)
 
@@ -434,7 +441,7 @@ def gradient_step(
     batch: dict[str, Tensor],
     cfg: Config,
 ) -> Tensor:
-    """One update of agents and mixer. Returns the four STATS, (4,), in units of scaled reward."""
+    """One update of agents and mixer, with the reward scaled. Returns the four STATS, (4,)."""
     batch = dict(batch, reward=batch["reward"] * cfg.reward_scale)
     loss, q_tot, target = td_loss(team, target_team, batch, cfg.gamma, cfg.double_q, cfg.td_lambda)
     optimizer.zero_grad()
@@ -445,7 +452,8 @@ def gradient_step(
 
 
 # ------------------------------------------------------------------------------ the settings
-# What Config below accepts: {names of fields: (smallest, largest)}; both have the field's type
+# What Config below accepts: {names of fields: (smallest, largest value)}. A field must have the
+# type of its bounds.
 BOUNDS = {
     "total_steps buffer_size target_update_episodes epsilon_anneal_steps hidden_dim "
     "mixing_dim test_interval_steps test_episodes": (1, 10**12),
@@ -466,12 +474,12 @@ class Config:
     """
 
     env: str  # two-step, checkers, checkers-v1, skirmish:MAP, smac:MAP, ma_gym:ID, module:Class
-    env_args: tuple[str, ...] = ()  # key=value ...: arguments of smac, ma_gym and module:Class
-    env_timeout: float = 120.0  # seconds that one of these has for a step; a reset: 60 more
+    env_args: tuple[str, ...] = ()  # key=value ...: arguments of smac:MAP, ma_gym:ID, module:Class
+    env_timeout: float = 120.0  # seconds for a step of such an environment; a reset: 60 more
     algo: str = "qmix"  # iql, vdn, qmix, vdn-s, qmix-lin, qmix-ns
     seed: int = 1  # seeds the weights, the environments, exploration and sampling
     total_steps: int = 2_000_000  # length of the run: steps, summed over the environments (SMAC)
-    num_envs: int = 8  # environments that play side by side (authors: 1, or 8 processes)
+    num_envs: int = 8  # environments that play side by side (authors: 1; 8 in parallel)
     device: str = "auto"  # auto, cpu or cuda: where networks, replay and torch environments are
     threads: int = 0  # CPU threads; 0 leaves torch's number as it is
     compile: bool = False  # torch.compile the step of a torch environment
@@ -484,12 +492,14 @@ class Config:
     batch_size: int = 32  # whole episodes per update (authors)
     buffer_size: int = 5000  # episodes kept for replay (authors)
     episodes_per_update: float = 1.0  # new episodes per gradient step (authors)
-    target_update_episodes: int = 200  # new episodes between copies to the target (authors)
+    target_update_episodes: int = (
+        200  # episodes learned from between copies to the target (authors)
+    )
     target_tau: float = 0.0  # above 0: no copies; the target moves by this share at each update
     epsilon_start: float = 1.0  # chance of a random action at the start (authors)
     epsilon_finish: float = 0.05  # the same after epsilon_anneal_steps (authors)
     epsilon_anneal_steps: int = 50_000  # steps over which epsilon falls linearly (authors)
-    epsilon_spread: float = 0.0  # above 0: a floor is drawn per agent and episode, up to this
+    epsilon_spread: float = 0.0  # above 0: each agent's own lower bound of epsilon: up to this
     double_q: bool = True  # the live network chooses the next action; off: plain maximum, Eq. 6
     td_lambda: float = 0.0  # 0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)
     reward_scale: float = 1.0  # the loss sees the reward times this
@@ -605,13 +615,13 @@ class TrainingFailed(RuntimeError):
 class Run:
     """Plays and learns. Epsilon, learning rate and the updates that are due follow from `counts`.
 
-    env_steps: where a resumed run starts. Here it only varies the seeds, so that environments in
-    worker processes do not repeat their first episodes; `restore` sets all else.
+    resumed_at: the env_steps of the checkpoint that `restore` will load into this run. It varies
+    the seeds: environments in worker processes must not repeat their first episodes.
     """
 
-    def __init__(self, cfg: Config, env_steps: int = 0):
+    def __init__(self, cfg: Config, resumed_at: int = 0):
         self.cfg = cfg
-        seeds = np.random.SeedSequence((cfg.seed, env_steps)).generate_state(3, np.uint64)
+        seeds = np.random.SeedSequence((cfg.seed, resumed_at)).generate_state(3, np.uint64)
         env_seed, explore_seed, sample_seed = seeds.tolist()  # three independent streams
         self.env = envs.make(
             cfg.env, cfg.num_envs, cfg.device, env_seed, cfg.env_args, cfg.env_timeout
@@ -638,9 +648,9 @@ class Run:
     def epsilon(self, draws: Tensor) -> Tensor:
         """The chance of a random action: linear from epsilon_start to epsilon_finish.
 
-        With epsilon_spread each agent has a floor of its own in each episode, log-uniform between
-        finish and spread: finish * (spread / finish) ** draw. Its epsilon falls no lower.
-        draws: uniform in [0, 1); returns their shape.
+        With epsilon_spread each agent's epsilon stops falling at a floor, drawn for each episode:
+        finish * (spread / finish) ** draw. With 0.05 and 0.5 this is 0.05 for a draw of 0, 0.16
+        for 0.5, 0.5 for 1. draws: uniform in [0, 1), of any shape; the result has this shape.
         """
         start = self.cfg.epsilon_start
         finish = self.cfg.epsilon_finish
@@ -651,7 +661,7 @@ class Run:
         return epsilon
 
     def policy(self, epsilon: Tensor | None = None):
-        """The live agents as `rollout` calls them; epsilon (B, N), None: greedy."""
+        """A `choose` for `rollout`: the agents that learn. epsilon (B, N), None: greedy."""
 
         def choose(step, memory):
             generator = self.generators["explore"]
@@ -660,7 +670,10 @@ class Run:
         return choose
 
     def play(self) -> None:
-        """One round: each environment plays an episode into the replay (departure 3)."""
+        """One round: each environment plays an episode into the replay (departure 3).
+
+        Epsilon stays the same during a round.
+        """
         shape = (self.env.n_envs, self.env.n_agents)
         draws = torch.rand(shape, generator=self.generators["explore"], device=self.device)
         episodes, facts = rollout(self.env, self.policy(self.epsilon(draws)))
@@ -674,8 +687,8 @@ class Run:
         if len(self.replay) < self.cfg.batch_size:
             return 0
         episodes = self.counts["episodes"] - self.cfg.batch_size  # since the first was due
-        due = 1 + int(episodes / self.cfg.episodes_per_update)  # in the whole run until now
-        return due - self.counts["updates"]
+        due_in_all = 1 + int(episodes / self.cfg.episodes_per_update)  # since the run began
+        return due_in_all - self.counts["updates"]
 
     def learning_rate(self) -> float:
         """Constant, or, with lr_anneal, falling to a tenth over the second half of the run."""
@@ -687,12 +700,12 @@ class Run:
     def update_target(self) -> None:
         """With target_tau a small step per update, else a copy per target_update_episodes.
 
-        These are counted as updates * episodes_per_update: without the wait for the first batch.
+        Episodes learned from are updates * episodes_per_update.
         """
         tau = self.cfg.target_tau
         if tau == 0:
             every = self.cfg.target_update_episodes
-            now = self.counts["updates"] * self.cfg.episodes_per_update  # episodes learned from
+            now = self.counts["updates"] * self.cfg.episodes_per_update
             before = (self.counts["updates"] - 1) * self.cfg.episodes_per_update
             if now // every == before // every:
                 return  # this update has passed no multiple of `every`
@@ -762,10 +775,10 @@ def greedy_episodes(env, choose, n: int) -> dict:
 
 
 def measure(run: Run) -> dict:
-    """A row for metrics.csv; the means since the row before start anew.
+    """A row for metrics.csv. `returns` and `stats`, collected since the row before, are emptied.
 
-    Training goes on as if there had been no evaluation. Only environments in worker processes have
-    random numbers of their own, which move on.
+    Training goes on as if there had been no evaluation: the generators are put back. Only those
+    inside worker processes cannot be.
     """
     before = {name: generator.get_state() for name, generator in run.generators.items()}
     row = {
@@ -827,13 +840,17 @@ def run_state(run: Run) -> dict:
 
 
 def restore(run: Run, state: dict) -> None:
-    """Load a saved state into a new run. Raises KeyError, ValueError ... if it does not fit."""
+    """Load into a new run what `read_checkpoint` has read. Raises ValueError, KeyError ... if it
+    does not fit.
+    """
+    for name in ("env", "algo", "optimizer", "buffer_size", "episodes_per_update"):
+        if getattr(run.cfg, name) != getattr(state["config"], name):
+            raise ValueError(f"the saved run has another {name}")
     run.team.load_state_dict(state["team"])
     run.target_team.load_state_dict(state["target_team"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.replay.added = state["replay_added"]
     for name, saved in state["replay"].items():
-        assert len(saved) == len(run.replay), "--buffer-size is another"
         run.replay.data[name][: len(run.replay), : saved.shape[1]] = saved
     for name, generator in run.generators.items():
         saved = state["generators"][name]
@@ -883,7 +900,9 @@ class RunFolder:
             raise envs.UsageError(f"--out cannot be used: {error}") from None
         start = run.counts["env_steps"]
         self.board = SummaryWriter(path, purge_step=start)
-        self.bar = tqdm(initial=start, total=run.cfg.total_steps, disable=None)  # if no terminal
+        self.bar = tqdm(
+            initial=start, total=run.cfg.total_steps, disable=None
+        )  # None: off without a terminal
         self.checkpoint()  # now, to see that it can be written
 
     def close(self):
@@ -943,9 +962,10 @@ class RunFolder:
 def train(cfg: Config, resume: bool = False, run_class=Run) -> dict:
     """Train in the directory cfg.out; resume: go on with the run that is there.
 
-    On the same kind of device a resumed run writes the same numbers as one that never stopped; only
-    environments in worker processes play other episodes. run_class: a subclass of Run. Returns the
-    facts of the result line. Raises UsageError, TrainingFailed or envs.EnvFailure.
+    On the same kind of device a resumed run writes the same numbers as one that never stopped, but
+    not with environments in worker processes: these play other episodes. run_class: a subclass of
+    Run. Returns the facts of the result line. Raises UsageError, TrainingFailed or
+    envs.EnvFailure.
     """
     name = f"{cfg.env}-{cfg.algo}-{cfg.seed}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     path = Path(cfg.out or "runs/" + name.replace(":", "-"))

@@ -1177,12 +1177,17 @@ def test_threads_reach_torch(probe, monkeypatch):
 
 
 # -------------------------------------------------------------------------------- checkpoints
+def as_read(run):
+    """The state of a run as read_checkpoint returns it."""
+    return {**qmix.run_state(run), "config": run.cfg}
+
+
 def test_a_checkpoint_is_cut_to_the_longest_episode(probe):
     """Catches: checkpoints full of padding, rows that are lost."""
     probe.lengths = (2, 3, 1, 4)
     run = make_run()
     run.play()
-    state = qmix.run_state(run)
+    state = as_read(run)
     assert state["replay"]["obs"].shape[:2] == (4, 5)  # the last step has an observation after it
     again = make_run()
     qmix.restore(again, state)
@@ -1194,7 +1199,7 @@ def test_a_checkpoint_of_another_kind_of_device_can_be_resumed(probe):
     run = make_run()
     run.play()
     run.learn()
-    state = qmix.run_state(run)
+    state = as_read(run)
     state["generators"]["explore"] = torch.zeros(16, dtype=torch.uint8)
     again = make_run()
     fresh = states(again)["explore"]
@@ -1216,7 +1221,7 @@ def test_a_resumed_run_gives_worker_environments_other_seeds(probe):
 def test_a_resumed_run_counts_its_seconds_on(probe):
     """Catches: seconds that start at 0 again."""
     run = make_run()
-    qmix.restore(run, {**qmix.run_state(run), "seconds": 10_000.0})
+    qmix.restore(run, {**as_read(run), "seconds": 10_000.0})
     assert qmix.measure(run)["seconds"] > 10_000
 
 
@@ -1288,11 +1293,22 @@ def contents(out):
     return {path: path.read_bytes() for path in Path(out).iterdir()}
 
 
-@parametrize("flag, value", [("--hidden-dim", 16), ("--buffer-size", 6), ("--buffer-size", 60)])
-def test_resuming_with_other_sizes_is_refused(whole, capsys, flag, value):
-    """Catches: a traceback, a half-restored run, a run directory overwritten."""
+@parametrize(
+    "flag, value, words",
+    [
+        ("--hidden-dim", 16, "size mismatch"),
+        ("--buffer-size", 6, "another buffer_size"),
+        ("--buffer-size", 60, "another buffer_size"),
+        ("--optimizer", "adam", "another optimizer"),
+        ("--algo", "qmix-ns", "another algo"),
+        ("--env", "checkers-v2", "another env"),
+        ("--episodes-per-update", 90, "another episodes_per_update"),
+    ],
+)
+def test_resuming_with_what_does_not_fit_is_refused(whole, capsys, flag, value, words):
+    """Catches: a traceback, a run that waits for updates in silence, a folder overwritten."""
     old = contents(whole.out)
-    assert "size" in error_line(capsys, 2, "--resume", whole.out, flag, value)
+    assert words in error_line(capsys, 2, "--resume", whole.out, flag, value)
     assert contents(whole.out) == old
 
 

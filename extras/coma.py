@@ -158,8 +158,8 @@ def actor_loss(pi: Tensor, q: Tensor, actions: Tensor, filled: Tensor) -> Tensor
 class COMA(qmix.Run):
     """Run's environment, random numbers, counts and greedy policy; the team is actor and critic."""
 
-    def __init__(self, cfg: Config, env_steps: int = 0):
-        super().__init__(cfg, env_steps)
+    def __init__(self, cfg: Config, resumed_at: int = 0):
+        super().__init__(cfg, resumed_at)
         self.team.critic = make_critic(self.env, cfg.critic_dim).to(self.device)
         self.target_team = copy.deepcopy(self.team).requires_grad_(False)  # of it: the critic alone
         self.optimizer = qmix.make_optimizer(self.team, cfg)

@@ -32,10 +32,10 @@ import qmix
 
 
 class DistributedRun(qmix.Run):
-    def __init__(self, cfg: qmix.Config, env_steps: int = 0):
+    def __init__(self, cfg: qmix.Config, resumed_at: int = 0):
         self.ranks = dist.get_world_size()
         seed = cfg.seed + 1_000_003 * dist.get_rank()  # other games and other exploration
-        super().__init__(dataclasses.replace(cfg, seed=seed), env_steps)
+        super().__init__(dataclasses.replace(cfg, seed=seed), resumed_at)
         for parameter in self.team.parameters():
             dist.broadcast(parameter.data, src=0)  # the same weights
             parameter.register_post_accumulate_grad_hook(self.average)
@@ -94,10 +94,9 @@ def main(arguments: list[str]) -> int:
             result = qmix.train(cfg, run_class=DistributedRun)
             print("result: " + json.dumps(result), flush=True)
         else:
-            with contextlib.redirect_stdout(None):
-                run = DistributedRun(cfg)
-                with contextlib.closing(run.env):
-                    qmix.loop(run, between_rounds=nothing)
+            run = DistributedRun(cfg)
+            with contextlib.closing(run.env):
+                qmix.loop(run, between_rounds=nothing)
         dist.destroy_process_group()
         return 0
     except (envs.UsageError, qmix.TrainingFailed, envs.EnvFailure) as error:

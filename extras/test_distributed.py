@@ -155,7 +155,7 @@ def test_torchrun_learns_the_two_step_game_and_rank_0_alone_speaks(tmp_path):
     facts = json.loads(line.removeprefix("result: "))
     assert facts["test_return"] == 8
     assert facts["episodes"] == 2000
-    assert out.count("replay:") == 1
+    assert out.count("4000 steps,") == 1
     team = qmix.load(tmp_path / "run")
     assert team.config.seed == 1
 
