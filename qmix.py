@@ -348,9 +348,7 @@ def unroll(agent: Agent, obs: Tensor, last_actions: Tensor, lengths: list[int]) 
         if hidden is not None:
             hidden = hidden[:, : n * N]  # b*N .. b*N + N-1 are the agents of episode b
         q, hidden = agent(obs[:n, t : t + 16], last_actions[:n, t : t + 16], hidden)
-        pieces.append(
-            F.pad(q, (0, 0, 0, 0, 0, 0, 0, B - n))
-        )  # zeros at the end of axis B: B episodes again
+        pieces.append(F.pad(q, (0, 0, 0, 0, 0, 0, 0, B - n)))  # zeros after the n episodes: (B, ..)
     return torch.cat(pieces, dim=1)
 
 
@@ -492,9 +490,7 @@ class Config:
     batch_size: int = 32  # whole episodes per update (authors)
     buffer_size: int = 5000  # episodes kept for replay (authors)
     episodes_per_update: float = 1.0  # new episodes per gradient step (authors)
-    target_update_episodes: int = (
-        200  # episodes learned from between copies to the target (authors)
-    )
+    target_update_episodes: int = 200  # episodes learned from, between target copies (authors)
     target_tau: float = 0.0  # above 0: no copies; the target moves by this share at each update
     epsilon_start: float = 1.0  # chance of a random action at the start (authors)
     epsilon_finish: float = 0.05  # the same after epsilon_anneal_steps (authors)
@@ -900,9 +896,8 @@ class RunFolder:
             raise envs.UsageError(f"--out cannot be used: {error}") from None
         start = run.counts["env_steps"]
         self.board = SummaryWriter(path, purge_step=start)
-        self.bar = tqdm(
-            initial=start, total=run.cfg.total_steps, disable=None
-        )  # None: off without a terminal
+        # None: no bar where there is no terminal
+        self.bar = tqdm(initial=start, total=run.cfg.total_steps, disable=None)
         self.checkpoint()  # now, to see that it can be written
 
     def close(self):
