@@ -1019,7 +1019,8 @@ class Policy:
         ids = range(self.agent.n_agents) if agents is None else agents
         expected = (len(ids), self.agent.obs_dim)
         if obs.shape[-2:] != expected:
-            raise envs.UsageError(f"obs must be (.., {expected}), not {tuple(obs.shape)}")
+            text = f"obs must be (.., {len(ids)}, {self.agent.obs_dim}), not {tuple(obs.shape)}"
+            raise envs.UsageError(text)
         teams = obs.reshape(-1, *expected)  # (B, N, O)
         expected = (*obs.shape[:-1], self.agent.n_actions)
         if avail.shape != expected:

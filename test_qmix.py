@@ -1336,7 +1336,7 @@ BAD = [
     ("--record x.gif", "--evaluate"),
     ("--evaluate {run} --episodes 0", "--episodes"),
     ("--evaluate {run} --record x.mp4", ".gif"),
-    ("--evaluate {run} --env two-step", "obs must be"),
+    ("--evaluate {run} --env two-step", "obs must be (.., 3, 30), not (4, 2, 3)"),
 ]
 
 
