@@ -495,7 +495,7 @@ class Config:
     epsilon_start: float = 1.0  # chance of a random action at the start (authors)
     epsilon_finish: float = 0.05  # the same after epsilon_anneal_steps (authors)
     epsilon_anneal_steps: int = 50_000  # steps over which epsilon falls linearly (authors)
-    epsilon_spread: float = 0.0  # above 0: each agent's own lower bound of epsilon: up to this
+    epsilon_spread: float = 0.0  # above 0: each agent draws a lowest epsilon of its own, up to this
     double_q: bool = True  # the live network chooses the next action; off: plain maximum, Eq. 6
     td_lambda: float = 0.0  # 0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)
     reward_scale: float = 1.0  # the loss sees the reward times this
