@@ -404,7 +404,7 @@ def td_loss(
     last_actions = F.pad(actions, (0, 0, 1, 0), value=-1)  # (B, T+1, N): none before the first
     lengths = (batch["filled"].sum(1) + 1).tolist()  # with the observation after the last action
 
-    # (B, T+1, N, A); the last step's are for q_next alone
+    # (B, T+1, N, A): the last row, after the last action, is only for `chooser` below
     q = unroll(team.agent, obs, last_actions, lengths)
     q_chosen = q[:, :-1].gather(-1, actions.unsqueeze(-1)).squeeze(-1)  # (B, T, N)
     q_tot = team.mixer(q_chosen, state[:, :-1])  # (B, T, 1); IQL (B, T, N)
