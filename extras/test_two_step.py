@@ -124,3 +124,12 @@ def test_report_shows_the_learned_and_the_papers_table(capsys):
     assert lines[0].split("2A:")[0].split() == "Q_tot vdn 1: 1.00 2.00 / 3.00 4.00".split()
     assert lines[1].endswith("2B: -1.87  2.31 /  2.33  6.51")
     assert "loss 0.600 (exact 0.5625), 12 s" in lines[2]
+
+
+def test_help_does_not_train(monkeypatch, capsys):
+    """Catches: a minute of training, and docs/two_step.csv rewritten, by one who asks for help."""
+    monkeypatch.setattr(two_step, "ProcessPoolExecutor", None)
+    monkeypatch.setattr("sys.argv", ["two_step", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        two_step.main()
+    assert "docs/two_step.csv" in capsys.readouterr().out
