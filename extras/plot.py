@@ -55,8 +55,7 @@ WHITE = {"facecolor": "white", "linewidth": 0, "pad": 1}  # behind a text
 BAND = "interquartile mean over seeds (line), its 95 % bootstrap interval (band)"
 MAPS = ("3m", "5m", "8m", "2s3z", "3s5z", "1c3s5z")  # the paper's figure 3 ...
 COMPARED = ("coma", "iql", "vdn", "qmix")
-SHORTER = "--total-steps 300000"  # 3s5z, which has 600,000 by its preset
-ABLATION_RUNS = {"3m": "", "2s3z": "", "3s5z": SHORTER}  # ... and its figure 4
+ABLATION_MAPS = ("3m", "2s3z", "3s5z")  # ... and its figure 4
 ABLATIONS = ("qmix", "vdn-s", "qmix-lin", "qmix-ns")
 PAPER = {  # where the paper's curves end on MAPS: wins in %, read off the authors' plots (+-1)
     "iql": (58, 76, 65, 29, 4, 1),
@@ -369,16 +368,16 @@ def panels(title: str, number: int):
     return figure, grid.flat[:number]
 
 
-def skirmish(name: str, algos: tuple[str, ...], runs: dict[str, str]) -> None:
-    """The paper's figures 3 and 4. runs: {map: flags}."""
+def skirmish(name: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
+    """The paper's figures 3 and 4."""
     groups = read("skirmish.csv")
-    figure, grid = panels("greedy win rate", len(runs))
-    for axes, (map_name, changed) in zip(grid, runs.items()):
+    figure, grid = panels("greedy win rate", len(maps))
+    for axes, map_name in zip(grid, maps):
         env = f"skirmish:{map_name}"
         wins = heuristic()[map_name] / 100
         axes.axhline(wins, color="grey", linestyle="--", linewidth=1, label="heuristic")
-        bands(axes, select(groups, env, changed, algos), "test_win_rate")
-        axes.set(title=f"{env} {changed}".strip(), ylim=(-0.02, 1.02))
+        bands(axes, select(groups, env, "", algos), "test_win_rate")
+        axes.set(title=env, ylim=(-0.02, 1.02))
     figure.savefig(DOCS / f"{name}.png", dpi=110)
 
 
@@ -431,13 +430,23 @@ def runs() -> list[str]:
 
 
 def results() -> list[str]:
-    """The rows of docs/results.md's tables of skirmish and of other environments."""
+    """The rows of docs/results.md's two tables of skirmish, with the paper's win rates."""
     wins = table("skirmish.csv")
-    lines = [beside_the_paper(wins, name, "", COMPARED[1:]) for name in MAPS]
-    lines.append(beside_the_paper(wins, "3s5z", SHORTER, COMPARED[1:]))
-    for name, changed in ABLATION_RUNS.items():
-        lines.append(beside_the_paper(wins, name, changed, ABLATIONS))
+    lines = []
+    for algos, maps in ((COMPARED[1:], MAPS), (ABLATIONS, ABLATION_MAPS)):
+        for map_name in maps:
+            cells = []
+            for algo in algos:
+                paper = PAPER[algo][MAPS.index(map_name)]
+                cells.append(f"{wins[f'skirmish:{map_name}', algo, '']['end']} ({paper})")
+            lines.append(row(map_name, *cells))
+    return lines
+
+
+def elsewhere() -> list[str]:
+    """The rows of docs/others.md's table."""
     found = table("others.csv")
+    lines = []
     for env, algo, changed in sorted(found, key=by_task):
         line = found[env, algo, changed]
         name = task(env, changed)
@@ -445,14 +454,6 @@ def results() -> list[str]:
         published = PUBLISHED.get((name, algo), "")
         lines.append(row(name, algo, *cells, published, line["seconds"]))
     return lines
-
-
-def beside_the_paper(wins: dict, map_name: str, changed: str, algos: tuple[str, ...]) -> str:
-    cells = []
-    for algo in algos:
-        paper = PAPER[algo][MAPS.index(map_name)]
-        cells.append(f"{wins[f'skirmish:{map_name}', algo, changed]['end']} ({paper})")
-    return row(f"{map_name} {changed}".strip(), *cells)
 
 
 def readme() -> list[str]:
@@ -478,14 +479,15 @@ def readme() -> list[str]:
 
 def print_tables() -> None:
     print("README.md:", *readme(), "", "docs/results.md:", *results(), sep="\n")
+    print("", "docs/others.md:", *elsewhere(), sep="\n")
     print("", f"docs/runs.md: env, algo, flags, {', '.join(COLUMNS)}", *runs(), sep="\n")
 
 
 def draw_figures() -> None:
     two_step()
     checkers()
-    skirmish("skirmish", COMPARED, dict.fromkeys(MAPS, ""))
-    skirmish("ablations", ABLATIONS, ABLATION_RUNS)
+    skirmish("skirmish", COMPARED, MAPS)
+    skirmish("ablations", ABLATIONS, ABLATION_MAPS)
     others()
 
 
