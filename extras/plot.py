@@ -321,7 +321,7 @@ def two_step() -> None:
             axes.plot(run["env_steps"], run["loss"], color=color, linestyle=style, label=algo)
     axes.set(xlabel="environment steps", xlim=(500, 11_200))
     axes.set(ylabel="mean squared TD error", ylim=(-0.1, 3.2))
-    axes.set(title="Two-step game, seed 1: what each algorithm cannot fit (dotted: exact)")
+    axes.set(title="Two-step game, seed 1: loss (thin dotted lines: the lowest possible)")
     axes.legend(ncol=3, fontsize=8)
     figure.savefig(DOCS / "two_step.png", dpi=110)
 
@@ -334,7 +334,7 @@ def checkers() -> None:
         for height in (86.26, 83.54, 59.64):
             level(axes, height)
     texts = {87.26: "86.26 best there is", 79.34: "83.54 best for gamma 0.99"}
-    texts[60.64] = "59.64 agent 1 never helps"
+    texts[60.64] = "59.64 one agent never helps"
     for height, text in texts.items():
         left.text(955, height, text, fontsize=8, ha="right", bbox=WHITE)
     color, _ = LINES["qmix"]
@@ -355,23 +355,23 @@ def heuristic() -> dict[str, float]:
     return {row["map"]: float(row["won"]) for row in rows}
 
 
-def panels(title: str, number: int):
+def panels(title: str, measure: str, number: int):
     """A figure with a title and panels in rows of three -> the figure, its axes in a list."""
     rows = -(-number // 3)
     figure = Figure(figsize=(13.5, 0.4 + 3.3 * rows), layout="constrained")
-    figure.suptitle(f"{title}: {BAND}")
+    figure.suptitle(f"{title}, {measure}: {BAND}")
     grid = figure.subplots(rows, 3, squeeze=False)
     for axes in grid.flat[number:]:
         axes.set_axis_off()
     for axes in grid[:, 0]:
-        axes.set(ylabel=title)
+        axes.set(ylabel=measure)
     return figure, grid.flat[:number]
 
 
-def skirmish(name: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
+def skirmish(name: str, title: str, algos: tuple[str, ...], maps: tuple[str, ...]) -> None:
     """The paper's figures 3 and 4."""
     groups = read("skirmish.csv")
-    figure, grid = panels("greedy win rate", len(maps))
+    figure, grid = panels(title, "greedy win rate", len(maps))
     for axes, map_name in zip(grid, maps):
         env = f"skirmish:{map_name}"
         wins = heuristic()[map_name] / 100
@@ -404,7 +404,7 @@ def others() -> None:
     """A panel for each environment of docs/others.csv."""
     groups = read("others.csv")
     shown = sorted({(env, changed) for env, _, changed in groups})
-    figure, grid = panels("greedy return", len(shown))
+    figure, grid = panels("Environments of others", "greedy return", len(shown))
     for axes, (env, changed) in zip(grid, shown):
         bands(axes, select(groups, env, changed), "test_return")
         axes.set_title(textwrap.fill(task(env, changed), 70), fontsize=9)
@@ -486,8 +486,8 @@ def print_tables() -> None:
 def draw_figures() -> None:
     two_step()
     checkers()
-    skirmish("skirmish", COMPARED, MAPS)
-    skirmish("ablations", ABLATIONS, ABLATION_MAPS)
+    skirmish("skirmish", "The algorithms", COMPARED, MAPS)
+    skirmish("ablations", "QMIX and its ablations", ABLATIONS, ABLATION_MAPS)
     others()
 
 

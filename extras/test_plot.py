@@ -250,8 +250,8 @@ def test_axes_have_names(monkeypatch):
 def test_legends_name_every_curve_and_its_seeds(monkeypatch):
     """Catches: a curve without an entry, a figure that does not tell seeds or what a band is."""
     figures = saved_figures(monkeypatch)
-    plot.skirmish("skirmish", plot.COMPARED, plot.MAPS)
-    assert plot.BAND in figures["skirmish.png"].get_suptitle()
+    plot.skirmish("skirmish", "a title", plot.COMPARED, plot.MAPS)
+    assert figures["skirmish.png"].get_suptitle() == f"a title, greedy win rate: {plot.BAND}"
     for axes in figures["skirmish.png"].axes:
         texts = [text.get_text() for text in axes.get_legend().get_texts()]
         assert len(texts) == len(axes.get_lines())
@@ -262,8 +262,8 @@ def test_legends_name_every_curve_and_its_seeds(monkeypatch):
 def test_curves_are_those_of_their_algorithm_and_map(monkeypatch):
     """Catches: algorithms or maps exchanged in a figure, runs with other flags among them."""
     figures = saved_figures(monkeypatch)
-    plot.skirmish("skirmish", plot.COMPARED, plot.MAPS)
-    plot.skirmish("ablations", plot.ABLATIONS, plot.ABLATION_MAPS)
+    plot.skirmish("skirmish", "a title", plot.COMPARED, plot.MAPS)
+    plot.skirmish("ablations", "a title", plot.ABLATIONS, plot.ABLATION_MAPS)
     groups = plot.read("skirmish.csv")
     for axes in [*figures["skirmish.png"].axes, *figures["ablations.png"].axes]:
         env = axes.get_title()
