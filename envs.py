@@ -9,7 +9,8 @@ An environment has n_envs, n_agents, n_actions, obs_dim, state_dim, episode_limi
 have: generator, its random numbers; best_return, the best return that is known; heuristic(), whose
 actions (B, N) extras/heuristic.py plays; draw(axes, b), a picture of episode b as it stands.
 
-All episodes start together. What an episode returns after its own end is padding until reset().
+All episodes start together. What an episode returns after its own end is padding until reset():
+any finite numbers, and at least one available action for each agent.
 """
 
 from __future__ import annotations

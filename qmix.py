@@ -63,7 +63,7 @@ class Agent(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, n_actions)
 
     def forward(self, obs: Tensor, last_actions: Tensor, hidden: Tensor | None = None, agents=None):
-        """Q-values of T steps: up to 16 at a time in the loss (`unroll`), T = 1 when acting.
+        """Q-values of T steps in a row; T = 1 when acting.
 
         obs: (B, T, N, O) float32.
         last_actions: (B, T, N) int64, -1 where there is none yet.
@@ -88,8 +88,8 @@ class Agent(nn.Module):
 def hypernet(state_dim: int, hidden_dim: int, n_outputs: int) -> nn.Module:
     """A network that maps the state to weights of another network (Ha et al. 2017).
 
-    Departure 1: w1 and w2 of QMIX have one hidden layer (JMLR, the authors' code).
-    hidden_dim = 0: none (ICML).
+    It has one hidden layer, or none if hidden_dim = 0. Departure 1: in ICML only V(s) has one; in
+    JMLR and the authors' code the weights have one too.
     """
     if hidden_dim == 0:
         return nn.Linear(state_dim, n_outputs)
@@ -98,9 +98,7 @@ def hypernet(state_dim: int, hidden_dim: int, n_outputs: int) -> nn.Module:
 
 
 # A mixer maps q (B, T, N), the values of the chosen actions, and state (B, T, S) to Q_tot
-# (B, T, 1); only IQL returns (B, T, N). Q_tot must never fall when one of the q rises: then each
-# agent's best action is the team's (Eq. 4, 5). All are made and called alike, so some ignore
-# arguments.
+# (B, T, 1); only IQL returns (B, T, N). All are made and called alike, so some ignore arguments.
 
 
 class QMIX(nn.Module):
@@ -111,7 +109,7 @@ class QMIX(nn.Module):
         self.w1 = hypernet(state_dim, hypernet_dim, n_agents * mixing_dim)
         self.b1 = nn.Linear(state_dim, mixing_dim)  # a bias, of any sign: linear in both papers
         self.w2 = hypernet(state_dim, hypernet_dim, mixing_dim)
-        # V(s), the final bias, of any sign. ICML and JMLR both give it a hidden layer of E units.
+        # V(s), the final bias, of any sign; its hidden layer has E units in ICML and JMLR
         self.v = hypernet(state_dim, mixing_dim, 1)
 
     def forward(self, q: Tensor, state: Tensor) -> Tensor:
@@ -238,9 +236,7 @@ class Replay:
         self.added += B
 
     def sample(self, batch_size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Different episodes, all cut to the longest one's length. It comes first: `unroll` is
-        faster then.
-        """
+        """Different episodes, the longest first (`unroll` is faster then), cut to its length."""
         filled = self.data["filled"]
         slots = torch.randperm(len(self), generator=generator)[:batch_size].to(filled.device)
         lengths, order = filled[slots].sum(1).sort(descending=True, stable=True)
@@ -308,7 +304,7 @@ def rollout(env, choose) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         actions.append(chosen)
         filled.append(running)
         for name, value in step.info.items():
-            before = facts.get(name, value)  # a fact may appear late
+            before = facts.get(name, value)  # at first there is none
             facts[name] = torch.where(running, value, before)  # an ended episode keeps its last
         running = running & ~(step.terminated | step.truncated)  # a new tensor: filled has the old
 
@@ -333,22 +329,22 @@ def rollout(env, choose) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 # ---------------------------------------------------------------------------------- the loss
 def unroll(agent: Agent, obs: Tensor, last_actions: Tensor, lengths: list[int]) -> Tensor:
-    """agent(obs, last_actions)[0], (B, T, N, A), in the steps that count, but faster on a CPU.
+    """Returns q as agent(obs, last_actions) does, (B, T, N, A), but is faster on a CPU.
 
     It goes 16 steps at a time, which stay in the processor's cache, and leaves out episodes that
-    are over. lengths: how many steps of each episode count; q is right in these alone. Any order
-    will do, but it is fast if the longest episodes come first.
+    are over. lengths: the steps of each episode; after them q is not right. Any order will do, but
+    it is fast if the longest episodes come first.
     """
     B, T, N, _ = obs.shape
     pieces = []
     hidden = None
     for t in range(0, T, 16):
-        # The first n episodes include all that still run; n never grows
-        n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)  # 1 if none does
+        # n - 1 is the last episode that still runs (if none does: 0); n never grows
+        n = max((b + 1 for b in range(B) if lengths[b] > t), default=1)
         if hidden is not None:
             hidden = hidden[:, : n * N]  # b*N .. b*N + N-1 are the agents of episode b
         q, hidden = agent(obs[:n, t : t + 16], last_actions[:n, t : t + 16], hidden)
-        pieces.append(F.pad(q, (0, 0, 0, 0, 0, 0, 0, B - n)))  # zeros after the n episodes: (B, ..)
+        pieces.append(F.pad(q, (0, 0) * 3 + (0, B - n)))  # zeros for the others: B again
     return torch.cat(pieces, dim=1)
 
 
@@ -471,13 +467,13 @@ class Config:
     defaults below, whatever the environment needs.
     """
 
-    env: str  # two-step, checkers, checkers-v1, skirmish:MAP, smac:MAP, ma_gym:ID, module:Class
+    env: str  # two-step, checkers, checkers-v0..3, skirmish:MAP, smac:MAP, ma_gym:ID, module:Class
     env_args: tuple[str, ...] = ()  # key=value ...: arguments of smac:MAP, ma_gym:ID, module:Class
     env_timeout: float = 120.0  # seconds for a step of such an environment; a reset: 60 more
     algo: str = "qmix"  # iql, vdn, qmix, vdn-s, qmix-lin, qmix-ns
     seed: int = 1  # seeds the weights, the environments, exploration and sampling
     total_steps: int = 2_000_000  # length of the run: steps, summed over the environments (SMAC)
-    num_envs: int = 8  # environments that play side by side (authors: 1; 8 in parallel)
+    num_envs: int = 8  # environments that play side by side (PyMARL: 1 or 8)
     device: str = "auto"  # auto, cpu or cuda: where networks, replay and torch environments are
     threads: int = 0  # CPU threads; 0 leaves torch's number as it is
     compile: bool = False  # torch.compile the step of a torch environment
@@ -490,12 +486,12 @@ class Config:
     batch_size: int = 32  # whole episodes per update (authors)
     buffer_size: int = 5000  # episodes kept for replay (authors)
     episodes_per_update: float = 1.0  # new episodes per gradient step (authors)
-    target_update_episodes: int = 200  # episodes learned from, between target copies (authors)
+    target_update_episodes: int = 200  # episodes between copies to the target (authors)
     target_tau: float = 0.0  # above 0: no copies; the target moves by this share at each update
     epsilon_start: float = 1.0  # chance of a random action at the start (authors)
     epsilon_finish: float = 0.05  # the same after epsilon_anneal_steps (authors)
     epsilon_anneal_steps: int = 50_000  # steps over which epsilon falls linearly (authors)
-    epsilon_spread: float = 0.0  # above 0: each agent draws a lowest epsilon of its own, up to this
+    epsilon_spread: float = 0.0  # above 0: in each episode an agent draws its own floor, up to this
     double_q: bool = True  # the live network chooses the next action; off: plain maximum, Eq. 6
     td_lambda: float = 0.0  # 0: one-step targets (Eq. 6); above: Peng's Q(lambda) (PyMARL2: 0.6)
     reward_scale: float = 1.0  # the loss sees the reward times this
@@ -627,7 +623,8 @@ class Run:
         self.device = self.env.device
         torch.manual_seed(cfg.seed)
         self.team = Team(self.env, cfg).to(self.device)
-        self.target_team = copy.deepcopy(self.team).requires_grad_(False)
+        # .to: cuDNN wants a GRU's weights in one piece of memory, and a copy has them in several
+        self.target_team = copy.deepcopy(self.team).to(self.device).requires_grad_(False)
         self.optimizer = make_optimizer(self.team, cfg)
         self.replay = Replay(self.env, cfg.buffer_size, self.device)
         self.generators = {
@@ -644,9 +641,9 @@ class Run:
     def epsilon(self, draws: Tensor) -> Tensor:
         """The chance of a random action: linear from epsilon_start to epsilon_finish.
 
-        With epsilon_spread each agent's epsilon stops falling at a floor, drawn for each episode:
-        finish * (spread / finish) ** draw. With 0.05 and 0.5 this is 0.05 for a draw of 0, 0.16
-        for 0.5, 0.5 for 1. draws: uniform in [0, 1), of any shape; the result has this shape.
+        With epsilon_spread each agent's epsilon stops falling at a floor, drawn for each episode,
+        log-uniform from finish to spread: finish * (spread / finish) ** draw.
+        draws: uniform in [0, 1), of any shape; the result has this shape.
         """
         start = self.cfg.epsilon_start
         finish = self.cfg.epsilon_finish
@@ -696,7 +693,7 @@ class Run:
     def update_target(self) -> None:
         """With target_tau a small step per update, else a copy per target_update_episodes.
 
-        Episodes learned from are updates * episodes_per_update.
+        Episodes are counted here as updates * episodes_per_update.
         """
         tau = self.cfg.target_tau
         if tau == 0:
@@ -740,8 +737,7 @@ def loop(run: Run, between_rounds) -> None:
 
 # ===========================================================================================
 # That was QMIX. From here on: evaluation, metrics, checkpoints, the command line.
-# The columns of metrics.csv
-COLUMNS = (
+COLUMNS = (  # of metrics.csv
     "env_steps episodes updates seconds epsilon train_return test_return test_return_std "
     "test_win_rate loss grad_norm q_taken target dead_allies dead_enemies voided"
 ).split()
@@ -807,7 +803,7 @@ def checkpoint_errors(path: str | Path):
 
 
 def policy_state(run: Run) -> dict:
-    """What acting needs: `read_checkpoint` and `load` make a Policy of it."""
+    """What acting needs, and the mixer. Written to a file, `load` makes a Policy of it."""
     names = "obs_dim n_actions n_agents".split()
     return {
         "config": dataclasses.asdict(run.cfg),
@@ -820,6 +816,7 @@ def run_state(run: Run) -> dict:
     """All that a run needs to go on as if it had never stopped."""
     n = len(run.replay)
     T = int(run.replay.data["filled"][:n].any(0).sum())  # steps of the longest episode
+    # A copy, because saving a part of a tensor would save the whole of it
     replay = {k: v[:n, : T + 1].to("cpu", copy=True) for k, v in run.replay.data.items()}
     return {
         **policy_state(run),
@@ -865,7 +862,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A file, or a run directory's last checkpoint, with its config as a Config.
+    """Reads a file, or a run directory's last checkpoint; its config becomes a Config.
 
     weights_only: a file cannot run code.
     """
@@ -912,7 +909,7 @@ class RunFolder:
         self.bar.update(self.run.counts["env_steps"] - self.bar.n)
 
     def test_due(self) -> bool:
-        """At the start, whenever another test_interval_steps have passed, and at the end."""
+        """At the start, when a multiple of test_interval_steps is passed, and at the end."""
         if not self.rows:
             return True
         now = self.run.counts["env_steps"]
@@ -980,6 +977,7 @@ def train(cfg: Config, resume: bool = False, run_class=Run) -> dict:
         if resume:
             with checkpoint_errors(path):
                 restore(run, state)
+                del state  # its replay takes as much memory as the run's
         with contextlib.closing(RunFolder(path, run, rows)) as folder:
             loop(run, folder.between_rounds)
     last = folder.rows[-1]
@@ -1010,8 +1008,8 @@ class Policy:
     def act(self, obs, avail, memory=None, agents=None):
         """Greedy actions of one team, obs (N, O) and avail (N, A), or of B teams (B, N, .).
 
-        memory: what the step before returned, None at the start of an episode. agents: which rows
-        these are, such as [2] for agent 2 alone, None: all. Returns actions (N,) or (B, N), memory.
+        memory: what the step before returned, None at the start of an episode. agents: their ids,
+        such as [2] for agent 2 alone, None: all. Returns actions (N,) or (B, N), memory.
         Raises UsageError for other shapes, for NaN, and for an agent without an action.
         """
         obs = torch.as_tensor(np.asarray(obs, np.float32))
@@ -1112,7 +1110,7 @@ def main(arguments: list[str]) -> int:
             raise envs.UsageError("--record goes with --evaluate")
         else:
             result = train(command.config, resume=bool(command.resume))
-        print("result: " + json.dumps(result), flush=True)
+        print("result: " + json.dumps(result))
         return 0
     except (envs.UsageError, TrainingFailed, envs.EnvFailure) as error:
         print(f"error: {envs.one_line(error)}", file=sys.stderr)
