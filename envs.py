@@ -680,7 +680,8 @@ def find_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.Generator(device).device  # "meta", which only has shapes, has none
+        # subtle: a Generator, because "meta" makes tensors without numbers, but no Generator
+        return torch.zeros(1, device=torch.Generator(device).device).device
     except RuntimeError:
         raise UsageError(f"--device must be auto, cpu or cuda, not {device!r}") from None
 
